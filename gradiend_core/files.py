@@ -1,0 +1,37 @@
+"""Small files: content hashes and canonical JSON."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from gradiend_core.errors import GradiendError
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises `GradiendError` when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise GradiendError(f"{path}: cannot be read ({error.strerror}). Make it first, or correct its path.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON with sorted keys and a final newline; NaN and infinity are refused (not JSON)."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises `GradiendError` naming the file when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise GradiendError(f"{path}: cannot be read ({error.strerror}). Run the stage that makes it first.") from None
+    except ValueError as error:
+        raise damaged(path, f"not valid JSON ({error})") from None
+
+
+def damaged(path: Path, why: str) -> GradiendError:
+    """The error for a file whose content is not what its name promises."""
+    return GradiendError(f"{path}: damaged: {why}. Delete it and run the stage that makes it again.")

@@ -1,0 +1,103 @@
+"""Which positions of which input are scored against which labels, for masked language models.
+
+A word is placed into the slots of its template *before* tokenisation, and the tokens that cover it are then
+replaced by mask tokens. So the label is the variant of the word that the tokenizer uses at this place ("Ġhe" after
+a space in byte-level BPE; BUG-26), a word of k tokens gets k masks in every slot (BUG-10), and nothing is assumed
+about how the tokenizer treats spaces around its mask token.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from gradiend_core.data.tables import SLOT
+from gradiend_core.errors import GradiendError
+
+
+class Example(NamedTuple):
+    """A tokenised template: the input with masks, the masked positions, and each one's expected token and slot."""
+
+    input_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    labels: tuple[int, ...]
+    slots: tuple[int, ...]  # 0, 1, …: a word may have more tokens in one slot than in another
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, templates: Iterable[str], words: Iterable[str], *, max_length: int
+) -> list[Example]:
+    """One `Example` per template, with the word of the same position in its slots.
+
+    Raises:
+        GradiendError: naming the row, when a template has no slot or is too long for the model, or a word has no
+            token or none that the model knows.
+    """
+    pairs = list(zip(templates, words, strict=True))
+    examples = encode_unchecked(tokenizer, *zip(*pairs, strict=True), max_length=max_length) if pairs else []
+    for row, (example, (template, word)) in enumerate(zip(examples, pairs, strict=True)):
+        if not example.labels or tokenizer.unk_token_id in example.labels:
+            raise GradiendError(
+                f"row {row}: the word {word!r} in {template!r} has no token in the base model's vocabulary."
+                " Remove it from the class, or use a base model that knows it."
+            )
+    return examples
+
+
+def encode_unchecked(
+    tokenizer: PreTrainedTokenizerFast, templates: Sequence[str], words: Sequence[str], *, max_length: int
+) -> list[Example]:
+    """Like `encode`, but words that the tokenizer does not know are let through, labelled with its unknown token."""
+    texts, spans = [], []
+    for row, (template, word) in enumerate(zip(templates, words, strict=True)):
+        text, span = fill(template, word)
+        if not span:
+            raise GradiendError(f"row {row}: template {template!r} has no slot {SLOT!r}")
+        texts.append(text)
+        spans.append(span)
+    encoding = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    examples = [_mask_word(int(tokenizer.mask_token_id), encoding, row, spans[row]) for row in range(len(texts))]
+    for row, example in enumerate(examples):
+        if len(example.input_ids) > max_length:
+            raise GradiendError(
+                f"row {row}: template {templates[row]!r} has {len(example.input_ids)} tokens, the base model takes"
+                f" {max_length}; its slot could be cut off. Shorten or remove the text."
+            )
+    return examples
+
+
+def fill(template: str, word: str) -> tuple[str, list[tuple[int, int]]]:
+    """The template with `word` in every slot, and where the word stands: [start, end) in characters."""
+    before, *rest = template.split(SLOT)
+    text, spans = before, []
+    for part in rest:
+        spans.append((len(text), len(text) + len(word)))
+        text += word + part
+    return text, spans
+
+
+def pad(examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Input ids and attention mask, both [N, T] int64, padded on the right to the longest example."""
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        attention_mask[row, : len(example.input_ids)] = 1
+    return input_ids, attention_mask
+
+
+def _mask_word(mask_token_id: int, encoding: BatchEncoding, row: int, spans: list[tuple[int, int]]) -> Example:
+    ids: list[int] = list(encoding["input_ids"][row])
+    tokens = zip(encoding["offset_mapping"][row], encoding["special_tokens_mask"][row], strict=True)
+    slot_of: dict[int, int] = {}
+    for position, ((start, end), special) in enumerate(tokens):
+        covered = [slot for slot, (first, last) in enumerate(spans) if start < last and end > first]
+        if covered and not special:
+            slot_of[position] = covered[0]
+    labels = tuple(ids[position] for position in slot_of)
+    for position in slot_of:
+        ids[position] = mask_token_id
+    return Example(tuple(ids), tuple(slot_of), labels, tuple(slot_of.values()))

@@ -1,0 +1,61 @@
+"""Base-model folders: what is in one, loading it, and saving one."""
+
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from gradiend_core.errors import GradiendError
+
+MODEL_FILES: Final = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+METRICS_FILE: Final = "metrics.json"
+
+
+def load_masked_lm(folder: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A masked language model in evaluation mode (no dropout, float32) and its fast tokenizer.
+
+    Args:
+        folder: a local folder, or a hub id together with its `revision`.
+
+    Raises:
+        GradiendError: missing, damaged or incomplete weights; no fast tokenizer; no mask token.
+    """
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            folder, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
+        reason = " ".join(str(error).split())[:300]
+        raise GradiendError(
+            f"{folder}: not a masked language model that transformers can load ({type(error).__name__}: {reason})."
+            f" It needs {', '.join(MODEL_FILES)}."
+        ) from None
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise GradiendError(
+            f"{folder}: the weights lack {missing}; they would be random. Use a model with its masked-LM head."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.mask_token_id is None:
+        raise GradiendError(f"{folder}: the tokenizer must be a fast one (tokenizer.json) with a mask token")
+    if len(tokenizer) > model.config.vocab_size:
+        raise GradiendError(
+            f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}"
+        )
+    return model.eval(), tokenizer
+
+
+def save_masked_lm(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write `MODEL_FILES` (one weights file whatever the size) into an existing folder."""
+    model.save_pretrained(folder, max_shard_size="1000GB")
+    tokenizer.save_pretrained(folder)
+
+
+def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The longest input the model takes, in tokens, special tokens included."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    # Models of the RoBERTa family (CamemBERT, XLM-R, MPNet, …) count positions from padding_idx + 1.
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    reserved = [table.padding_idx + 1 for table in tables if isinstance(getattr(table, "padding_idx", None), int)]
+    return int(min(positions - max(reserved, default=0), tokenizer.model_max_length))

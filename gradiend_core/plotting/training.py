@@ -1,0 +1,160 @@
+"""The training figure: loss, validation correlation and class means over the steps of every seed."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gradiend_core.plotting import style
+from gradiend_core.plotting.style import LineLook
+
+# Four colours, none of a class, and three line styles have no common factor: twelve seeds before a look comes back.
+_COLORS = (style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
+_LINES: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0.0, (4.0, 1.2)),
+    (0.0, (1.2, 1.0)),
+    (0.0, (5.0, 1.2, 1.2, 1.2)),
+)
+_STRONG, _THIN = 1.6, 0.8
+
+
+@style.paper_style()
+def plot_training(
+    histories: Mapping[int, pd.DataFrame],
+    best_steps: Mapping[int, int],
+    *,
+    selected_seed: int,
+    converged: Mapping[int, bool],
+    target_classes: tuple[str, str],
+    title: str,
+    class_mean_threshold: float = 0.5,
+) -> Figure:
+    """Training loss, validation correlation and mean encodings against the step, for every seed.
+
+    Each history has the columns step, loss, correlation, mean_positive (the mean encoding of the rows with label +1,
+    `target_classes[0]`), mean_negative and, where there are neutral rows, mean_neutral: one row per evaluation; missing
+    values are left out. The selected seed is drawn strong, with a line at its best step; every seed's best step has a
+    marker. The dotted lines of the class means are the convergence criterion, ± `class_mean_threshold`.
+    """
+    figure = Figure(figsize=(style.SINGLE_COLUMN, 4.1))
+    loss, correlation, means = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.35))
+    seeds = [seed for seed in sorted(histories) if seed != selected_seed] + [selected_seed]  # the selected on top
+    looks = _seed_looks(sorted(histories), selected_seed)
+    for seed in seeds:
+        history, strong = histories[seed].sort_values("step"), seed == selected_seed
+        _draw(loss, history, "loss", best_steps[seed], looks[seed], strong)
+        _draw(correlation, history, "correlation", best_steps[seed], looks[seed], strong)
+        _draw_means(means, history, best_steps[seed], looks[seed], strong, target_classes)
+    for axes in (loss, correlation, means):
+        axes.axvline(best_steps[selected_seed], color=style.BLACK, linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
+    _scale_loss(loss, histories)
+    _scale_correlation(correlation, histories)
+    _scale_means(means, class_mean_threshold)
+    style.mark_panels((loss, correlation, means))
+    figure.align_ylabels()
+    seed_handles = [_seed_handle(seed, looks[seed], selected_seed, converged[seed]) for seed in sorted(histories)]
+    return style.finish(figure, title, seed_handles + _mean_handles(histories, target_classes, class_mean_threshold))
+
+
+def _seed_looks(seeds: list[int], selected_seed: int) -> dict[int, LineLook]:
+    looks = {selected_seed: LineLook(style.BLACK, "-", "o")}
+    for i, seed in enumerate(seed for seed in seeds if seed != selected_seed):
+        looks[seed] = LineLook(_COLORS[i % len(_COLORS)], _LINES[i % len(_LINES)], "o")
+    return looks
+
+
+def _draw(axes: Axes, history: pd.DataFrame, column: str, best_step: int, look: LineLook, strong: bool) -> None:
+    """One curve and, where the best step has a value, its marker."""
+    points = history[["step", column]].dropna()
+    axes.plot(
+        points["step"].to_numpy(),
+        points[column].to_numpy(),
+        color=look.color,
+        linestyle=look.linestyle,
+        linewidth=_STRONG if strong else _THIN,
+    )
+    best = points[points["step"] == best_step]
+    if best.empty:  # the loss of step 0, say; an empty unclipped line would still claim room in the layout
+        return
+    axes.plot(
+        best["step"].to_numpy(),
+        best[column].to_numpy(),
+        color=look.color,
+        marker=look.marker,
+        linestyle="none",
+        markersize=5.0 if strong else 3.5,
+        markeredgecolor="white",
+        markeredgewidth=0.5,
+        zorder=3,
+        clip_on=False,
+    )
+
+
+def _draw_means(
+    axes: Axes, history: pd.DataFrame, best_step: int, look: LineLook, strong: bool, target_classes: tuple[str, str]
+) -> None:
+    """The neutral mean thin and grey, the two class means in their colours, all in the seed's line style."""
+    if "mean_neutral" in history:
+        points = history[["step", "mean_neutral"]].dropna()
+        axes.plot(
+            points["step"].to_numpy(),
+            points["mean_neutral"].to_numpy(),
+            color=style.GREY,
+            linestyle=look.linestyle,
+            linewidth=0.6,
+        )
+    classes = style.class_looks(target_classes, target_classes)
+    for name, column in zip(target_classes, ("mean_positive", "mean_negative"), strict=True):
+        of_class = LineLook(classes[name].color, look.linestyle, classes[name].marker)
+        _draw(axes, history, column, best_step, of_class, strong)
+
+
+def _values(histories: Mapping[int, pd.DataFrame], column: str) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    return np.concatenate([histories[seed][column].dropna().to_numpy(np.float64) for seed in sorted(histories)])
+
+
+def _scale_loss(axes: Axes, histories: Mapping[int, pd.DataFrame]) -> None:
+    """A logarithmic axis where the losses span more than a decade."""
+    axes.set_ylabel("training loss")
+    losses = _values(histories, "loss")
+    if losses.size and losses.min() > 0 and losses.max() > 10 * losses.min():
+        axes.set_yscale("log")
+
+
+def _scale_correlation(axes: Axes, histories: Mapping[int, pd.DataFrame]) -> None:
+    axes.set_ylabel("validation\ncorrelation")
+    lowest = min(0.0, *_values(histories, "correlation"))
+    axes.set_ylim(-1.05 if lowest < -0.5 else lowest - 0.05, 1.05)
+
+
+def _scale_means(axes: Axes, threshold: float) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean encoding")
+    axes.set_ylim(-1.08, 1.08)
+    for level in (threshold, -threshold):
+        axes.axhline(level, color=style.BLACK, linestyle=":", linewidth=0.7, zorder=1)
+
+
+def _seed_handle(seed: int, look: LineLook, selected_seed: int, converged: bool) -> Line2D:
+    notes = [note for note, true in (("selected", seed == selected_seed), ("not converged", not converged)) if true]
+    label = f"seed {seed} ({', '.join(notes)})" if notes else f"seed {seed}"
+    width = _STRONG if seed == selected_seed else _THIN
+    return Line2D([], [], color=look.color, linestyle=look.linestyle, linewidth=width, label=label)
+
+
+def _mean_handles(
+    histories: Mapping[int, pd.DataFrame], target_classes: tuple[str, str], threshold: float
+) -> list[Line2D]:
+    looks = style.class_looks(target_classes, target_classes)
+    handles = [
+        Line2D([], [], color=looks[name].color, marker=looks[name].marker, markersize=4, label=f"mean of {name}")
+        for name in target_classes
+    ]
+    if any("mean_neutral" in history and history["mean_neutral"].notna().any() for history in histories.values()):
+        handles.append(Line2D([], [], color=style.GREY, linewidth=0.6, label="mean of neutral"))
+    best = Line2D([], [], color=style.GREY, marker="o", markersize=4, linestyle="none", label="best step")
+    criterion = Line2D([], [], color=style.BLACK, linestyle=":", linewidth=0.7, label=f"criterion ±{threshold:g}")
+    return [*handles, best, criterion]

@@ -1,0 +1,78 @@
+"""Run one stage by hand or from an engine: `python -m pipeline STAGE --help`."""
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from difflib import get_close_matches
+from types import FrameType
+from typing import NoReturn
+
+from gradiend_core.errors import GradiendError
+
+STAGES = (
+    "check_params",
+    "corpus_grammar",
+    "corpus_text",
+    "base_model_trained",
+    "base_model_local",
+    "base_model_hub",
+    "generate_data",
+    "pre_prune",
+    "cache_gradients",
+    "train",
+    "select_seed",
+    "post_prune",
+    "evaluate_encoder",
+    "evaluate_decoder",
+    "rewrite_model",
+    "plot",
+)
+
+_ENVIRONMENT = {
+    # Threads that spin while they wait slow every other job on the machine by an order of magnitude.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage named by `argv[0]`; 0 on success, 1 when the user can fix what was wrong, 2 on wrong usage."""
+    if not argv or argv[0] in {"-h", "--help"}:
+        print(f"usage: python -m pipeline STAGE ...\nstages: {', '.join(STAGES)}")
+        return 0 if argv else 2
+    name, arguments = argv[0], argv[1:]
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
+    for ours in ("gradiend_core", "pipeline"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    try:
+        if name not in STAGES:
+            near = get_close_matches(name, STAGES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"stages: {', '.join(STAGES)}"
+            raise GradiendError(f"{name}: no such stage; {hint}")
+        if name != "check_params":
+            # A guard, not an input: it can refuse a broken params.yaml but never changes a result. Imported by
+            # name, so that a stage does not depend on the sections of all other stages.
+            importlib.import_module("pipeline.check_params").check()
+        importlib.import_module(f"pipeline.{name}").main(arguments)
+    except GradiendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that files written aside are removed.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

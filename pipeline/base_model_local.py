@@ -1,0 +1,20 @@
+"""Check a local model folder and copy it into the pipeline in one standard form."""
+
+from pathlib import Path
+
+from gradiend_core.config.base_models import LocalBaseModel
+from gradiend_core.config.section import read_section
+from gradiend_core.lm.folder import MODEL_FILES, load_masked_lm, save_masked_lm
+from pipeline.stage import Outputs, stage_parser
+
+
+def main(argv: list[str]) -> None:
+    """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json."""
+    parser = stage_parser("base_model_local", __doc__)
+    parser.add_argument("--path", required=True, type=Path, help="the model folder")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the base model")
+    arguments = parser.parse_args(argv)
+    params = read_section(LocalBaseModel, arguments.params)
+    with Outputs("base_model_local", arguments.manifest, params.model_dump(), [arguments.path]) as outputs:
+        model, tokenizer = load_masked_lm(arguments.path)
+        save_masked_lm(outputs.folder(arguments.output, MODEL_FILES), model, tokenizer)

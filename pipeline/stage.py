@@ -1,0 +1,130 @@
+"""What every stage program shares: its arguments, and outputs that appear whole or not at all."""
+
+import argparse
+import errno
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gradiend_core.errors import GradiendError
+from gradiend_core.files import sha256_file, write_json
+
+# What an OSError of a full, over-quota, too small or read-only disk says; others may be about a file that is read.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+# Packages whose version may change a result; a manifest records those that its stage imported.
+_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
+
+
+def stage_parser(name: str, description: str | None, *, params: bool = True) -> argparse.ArgumentParser:
+    """The parser of a stage: `--params` (dotted key of its section, if it has one) and `--manifest`, plus its own."""
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline {name}", description=description)
+    if params:
+        section = "section of params.yaml, e.g. runs.number.train"
+        parser.add_argument("--params", required=True, metavar="KEY", help=section)
+    parser.add_argument("--manifest", required=True, type=Path, help="where to write what made the outputs")
+    return parser
+
+
+class Outputs:
+    """Files written aside and renamed together once all are complete, with a manifest that says what made them.
+
+    Use as a context manager; `path(final)` gives the name to write to. When the block raises, the asides are
+    deleted and earlier files stay as they were. The manifest holds the stage, its resolved parameters, the SHA-256
+    of inputs and outputs, package versions and facts from `record`: no timestamps, no host names.
+    """
+
+    def __init__(self, stage: str, manifest: Path, params: Mapping[str, Any], inputs: Sequence[Path]) -> None:
+        self._manifest = manifest
+        self._asides: dict[Path, Path] = {}
+        self._folders: list[Path] = []
+        self._facts: dict[str, Any] = {"stage": stage, "params": dict(params)}
+        self._facts["inputs"] = {path.as_posix(): sha256_file(path) for path in _files(inputs)}
+
+    def path(self, final: Path) -> Path:
+        """The aside path for `final`, in the same folder (created when missing); the suffix stays the same."""
+        aside = _aside(final)
+        self._asides[final] = aside
+        return aside
+
+    def folder(self, final: Path, names: Sequence[str]) -> Path:
+        """An aside folder for code that writes whole folders; of its files the named ones go to `final`."""
+        aside = _aside(final)
+        aside.mkdir()
+        self._folders.append(aside)
+        self._asides |= {final / name: aside / name for name in names}
+        return aside
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to the manifest (a seed, a device, …)."""
+        self._facts.update(facts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._commit()
+            elif isinstance(error, OSError):
+                self._explain(error)
+        except OSError as failure:
+            self._explain(failure)
+            raise
+        finally:
+            for aside in self._asides.values():
+                aside.unlink(missing_ok=True)
+            for folder in self._folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _commit(self) -> None:
+        outputs = {final.as_posix(): sha256_file(aside) for final, aside in self._asides.items()}
+        manifest = self._facts | {"outputs": outputs, "versions": _versions()}
+        write_json(self.path(self._manifest), manifest)
+        for aside in self._asides.values():
+            with aside.open("rb") as stream:
+                os.fsync(stream.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        for final, aside in self._asides.items():
+            aside.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
+            final.parent.mkdir(exist_ok=True)
+            aside.replace(final)
+
+    def _explain(self, error: OSError) -> None:
+        """Raise the `GradiendError` for an output that cannot be written; return when another file is at fault."""
+        finals = {str(aside): final for final, aside in self._asides.items()}
+        final = finals.get(str(error.filename), next(iter(self._asides), self._manifest))
+        if str(error.filename) in finals or error.errno in _DISK_ERRORS:
+            raise _unwritable(final, error) from None
+
+
+def _aside(final: Path) -> Path:
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(final.parent, error) from None
+    if not os.access(final.parent, os.W_OK):
+        raise GradiendError(f"{final.parent}: folder is not writable. Give yourself write permission on it.")
+    return final.with_name(f".partial-{os.getpid()}-{final.name}")
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """The paths, folders replaced by the files in them, sorted."""
+    found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
+    return sorted(file for file in found if not any(part.startswith(".partial-") for part in file.parts))
+
+
+def _versions() -> dict[str, str]:
+    imported = {name: version(name) for name in _PACKAGES if name in sys.modules}
+    return imported | {"python": platform.python_version()}
+
+
+def _unwritable(path: Path, error: OSError) -> GradiendError:
+    return GradiendError(f"{path}: cannot be written ({error.strerror}). Check free space and permissions there.")

@@ -1,0 +1,106 @@
+"""Both engines declare the same graph, and every stage declares exactly the code that it imports."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.dag import Hashes, Stage, private_repo, read_stages
+from pipeline.imports import closure, compare, fixed
+from project import ROOT, Project, create
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The pipeline with stub stages, two seeds and shards, a model from a folder and one from the hub."""
+    made = create(tmp_path_factory.mktemp("dag") / "project")
+    made.replace("params.yaml", "local: {}", "local: {mine: {path: folder}}")
+    made.replace("params.yaml", "hub: {}", "hub: {theirs: {id: some/model}}")
+    made.replace("params.yaml", "seeds: [0]", "seeds: [0, 1]")
+    made.replace("params.yaml", "gradient_shards: [0]", "gradient_shards: [0, 1]")
+    (made.folder / "folder").mkdir()
+    # A dry run shows a job's files only when it has no message to show.
+    snakefile = made.folder / "Snakefile"
+    snakefile.write_text(re.sub(r" +message:\n.*\n", "", snakefile.read_text()))
+    return made
+
+
+@pytest.fixture
+def stages(project: Project, monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage]:
+    """What DVC knows, but for the check of the parameters, which Snakemake makes when it reads the Snakefile."""
+    monkeypatch.chdir(project.folder)
+    with private_repo() as repo:
+        return {stage.address: stage for stage in read_stages(repo, Hashes(repo)) if stage.address != "check_params"}
+
+
+def jobs(dry_run: str) -> list[str]:
+    """The description of each job of a dry run, the command last."""
+    return re.findall(r"^rule .*?pipeline\.cached .*?$", dry_run, re.MULTILINE | re.DOTALL)
+
+
+def declaration(job: str) -> tuple[str, tuple[set[str], set[str]]]:
+    """A job's stage, inputs and outputs."""
+    stage = re.search(r"pipeline\.cached --threads \d+ (\S+) > logs/", job)
+    inputs, outputs = (re.search(rf"^    {name}: (.*)$", job, re.MULTILINE) for name in ("input", "output"))
+    if stage is None or inputs is None or outputs is None:
+        pytest.fail(f"not the job of a stage:\n{job}")
+    return stage[1], (set(inputs[1].split(", ")), set(outputs[1].replace(" (update)", "").split(", ")))
+
+
+def test_snakemake_and_dvc_declare_the_same_graph(project: Project, stages: dict[str, Stage]) -> None:
+    outputs = [path for stage in stages.values() for path in stage.outputs]
+    by_snakemake = dict(map(declaration, jobs(project.snakemake("--forceall", "--dry-run", "-p", *outputs))))
+    own = {"corpus_text@own": {"own.txt"}, "base_model_local@mine": {"folder"}}
+    by_dvc = {
+        address: (
+            {*stage.inputs(outputs), f".stages/{address}.spec.json"} | own.get(address, set()),
+            set(stage.outputs),
+        )
+        for address, stage in stages.items()
+    }
+    assert by_snakemake.keys() == by_dvc.keys()
+    for address, (inputs, written) in by_dvc.items():
+        assert by_snakemake[address][0] == inputs, f"{address}: inputs differ (Snakemake left, DVC right)"
+        assert by_snakemake[address][1] == written, f"{address}: outputs differ (Snakemake left, DVC right)"
+
+
+def test_every_stage_declares_the_code_that_it_imports() -> None:
+    differences = list(compare((ROOT / "dvc.yaml").read_text("utf-8"), ROOT))
+    assert not differences, "\n".join([*differences, "Run `python -m pipeline.imports --fix`."])
+
+
+def test_the_closure_follows_every_kind_of_import(tmp_path: Path) -> None:
+    files = {
+        "pipeline/__main__.py": "import os",
+        "pipeline/stage.py": "def f():\n    from gradiend_core import late",
+        "pipeline/train.py": "import gradiend_core.sub.plain\nfrom gradiend_core.sub import module, CONSTANT\n"
+        "from pipeline.stage import f",
+        "gradiend_core/__init__.py": "",
+        "gradiend_core/typing_only.py": "x = 1",
+        "gradiend_core/late.py": "from .relative import x\nif TYPE_CHECKING:\n    import gradiend_core.typing_only",
+        "gradiend_core/relative.py": "x = 1",
+        "gradiend_core/unused.py": "x = 1",
+        "gradiend_core/sub/__init__.py": "CONSTANT = 1",
+        "gradiend_core/sub/plain.py": "import json",
+        "gradiend_core/sub/module.py": "import json",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    unused = {"gradiend_core/__init__.py", "gradiend_core/typing_only.py", "gradiend_core/unused.py"}
+    assert closure("train", tmp_path) == sorted(files.keys() - unused)
+
+
+def test_fix_makes_the_declarations_exact_and_changes_nothing_else(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline")
+    shutil.copytree(ROOT / "gradiend_core", tmp_path / "gradiend_core")
+    text = (ROOT / "dvc.yaml").read_text("utf-8")
+    broken = re.sub(r"        - pipeline/stage\.py\n", "", text).replace(
+        "        - pipeline/plot.py\n", "        - pipeline/plot.py\n        - pipeline/train.py\n"
+    )
+    assert list(compare(broken, tmp_path))
+    repaired = fixed(broken, tmp_path)
+    assert list(compare(repaired, tmp_path)) == []
+    code = re.compile(r" +- (gradiend_core|pipeline)/.*\n")
+    assert code.sub("", repaired) == code.sub("", text)

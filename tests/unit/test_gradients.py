@@ -1,0 +1,258 @@
+"""Collected rows against double precision, one example at a time, and the self-check that guards them."""
+
+import logging
+
+import pytest
+import torch
+from tiny import build, everything, exact_rows, pairs, relative_error, some
+from torch import Tensor, nn
+
+from gradiend_core.errors import GradiendError
+from gradiend_core.gradients.collector import GradientCollector, Rows, find_targets, loop_rows
+from gradiend_core.gradients.losses import share_input
+from gradiend_core.gradients.objectives import Example, pad
+from gradiend_core.gradients.selection import Selection, backbone_parameters
+from gradiend_core.gradients.verify import TOLERANCE, verify_rows
+
+LIMIT = 5e-6
+KINDS = ["bert", "distilbert", "roberta", "albert", "electra"]
+
+
+def assert_exact(rows: Rows, model: nn.Module, selection: Selection, plus: list[Example], minus: list[Example]) -> None:
+    alternative = exact_rows(model, selection, minus)  # type: ignore[arg-type]
+    diff = exact_rows(model, selection, plus) - alternative  # type: ignore[arg-type]
+    assert relative_error(rows.alternative, alternative) <= LIMIT
+    assert relative_error(rows.diff, diff) <= LIMIT
+    assert relative_error(rows.alternative + rows.diff, alternative + diff) <= LIMIT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_a_double_precision_loop(kind: str) -> None:
+    model, tokenizer = build(kind)
+    plus, minus = pairs(tokenizer)
+    assert {share_input(one, other) for one, other in zip(plus, minus, strict=True)} == {True, False}
+    for selection in (everything(model), some(model)):
+        collector = GradientCollector(model, selection)
+        assert not collector._one_by_one
+        rows = collector.rows(plus, minus)
+        assert rows.alternative.dtype == rows.diff.dtype == torch.float32
+        assert_exact(rows, model, selection, plus, minus)
+        assert_exact(loop_rows(model, selection, plus, minus), model, selection, plus, minus)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_batch_order_or_padding(kind: str) -> None:
+    model, tokenizer = build(kind)
+    plus, minus = pairs(tokenizer)
+    collector = GradientCollector(model, some(model))
+    whole = collector.rows(plus, minus)
+    backwards = collector.rows(plus[::-1], minus[::-1])
+    alone = [collector.rows([one], [other]) for one, other in zip(plus, minus, strict=True)]
+    for quantity in ("alternative", "diff"):
+        expected = getattr(whole, quantity)
+        assert relative_error(getattr(backwards, quantity).flip(0), expected) <= 1e-6
+        assert relative_error(torch.cat([getattr(row, quantity) for row in alone]), expected) <= 2e-6
+
+
+def test_rows_are_repeatable_to_the_bit() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    first, again = (GradientCollector(model, some(model)).rows(plus, minus) for _ in range(2))
+    assert torch.equal(first.alternative, again.alternative)
+    assert torch.equal(first.diff, again.diff)
+
+
+def test_equal_words_have_no_difference() -> None:
+    model, tokenizer = build("bert")
+    plus, _ = pairs(tokenizer)
+    rows = GradientCollector(model, everything(model)).rows(plus, plus)
+    assert not rows.diff.any()
+    assert rows.alternative.any(1).all()
+
+
+def test_tied_embeddings_appear_once_and_receive_both_contributions() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    selection = Selection.everything(backbone_parameters(model, [name]))
+    collector = GradientCollector(model, selection)
+    kinds = sorted(type(module).__name__ for module, _ in collector._targets)
+    assert kinds == ["Embedding", "Linear"]
+    assert_exact(collector.rows(plus, minus), model, selection, plus, minus)
+    exact = exact_rows(model, selection, minus)
+    both = collector._targets
+    for missing in (0, 1):
+        collector._targets = [both[1 - missing]]
+        assert relative_error(collector.rows(plus, minus).alternative, exact) > 1e-2
+
+
+def test_parameters_stay_frozen_and_carry_no_gradient() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    selection = some(model)
+    collector = GradientCollector(model, selection)
+    loop = loop_rows(model, selection, plus, minus)
+    assert not loop.alternative.requires_grad
+    rows = collector.rows(plus, minus)
+    assert not rows.alternative.requires_grad
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class PlainSubclass(nn.Linear):
+    pass
+
+
+class Gate(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.linspace(0.5, 1.5, size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.gate
+
+
+class SharedTable(nn.Module):
+    """Adds the same vector to every hidden state: a table's output that has no batch dimension."""
+
+    def __init__(self, size: int, entries: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(entries, size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mean: Tensor = self.table(torch.arange(self.table.num_embeddings)).mean(0)
+        return hidden + mean
+
+
+def retype(linear: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
+    made = kind(linear.in_features, linear.out_features)
+    made.load_state_dict(linear.state_dict())
+    return made
+
+
+def test_module_with_its_own_forward_falls_back_to_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.dense = retype(layer.dense, ScaledLinear)
+    with caplog.at_level(logging.INFO):
+        collector = GradientCollector(model, everything(model))
+        rows = [collector.rows(plus, minus) for _ in range(2)]
+    assert [record.message for record in caplog.records] == [
+        "no batched rule for bert.encoder.layer.0.intermediate.dense: one example at a time"
+    ]
+    assert_exact(rows[1], model, everything(model), plus, minus)
+
+
+def test_subclass_with_an_inherited_forward_keeps_the_rule() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.dense = retype(layer.dense, PlainSubclass)
+    collector = GradientCollector(model, everything(model))
+    assert not collector._one_by_one
+    assert_exact(collector.rows(plus, minus), model, everything(model), plus, minus)
+
+
+def test_parameter_outside_any_known_module_falls_back_to_the_loop() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    model.bert.embeddings.dropout = Gate(16)
+    collector = GradientCollector(model, everything(model))
+    assert collector._one_by_one
+    assert_exact(collector.rows(plus, minus), model, everything(model), plus, minus)
+
+
+def test_module_without_kept_entries_needs_no_rule() -> None:
+    model, _ = build("bert")
+    model.bert.embeddings.dropout = Gate(16)
+    selection = Selection.everything(backbone_parameters(model, ["*.query.weight"]))
+    targets, without_rule = find_targets(model, selection)
+    assert len(targets) == 2
+    assert without_rule == []
+
+
+def test_output_shared_by_the_batch_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    model.bert.embeddings.dropout = SharedTable(16, entries=7)
+    collector = GradientCollector(model, everything(model))
+    with caplog.at_level(logging.INFO):
+        rows = [collector.rows(plus, minus) for _ in range(2)]
+    assert len(caplog.records) == 1
+    assert "output (7, 16) of a Embedding is not separated by example" in caplog.records[0].message
+    assert_exact(rows[1], model, everything(model), plus, minus)
+
+
+def test_shared_output_that_looks_like_a_batch_fails_the_self_check() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = (side[:3] for side in pairs(tokenizer))
+    plus, minus = [minus[0], *plus[1:2], plus[0]], [plus[0], *minus[1:2], minus[0]]
+    model.bert.embeddings.dropout = SharedTable(16, entries=3)
+    rows = GradientCollector(model, everything(model)).rows(plus, minus)
+    with pytest.raises(GradiendError, match="self-check failed"):
+        verify_rows(model, everything(model), rows, plus, minus)
+
+
+def test_relative_positions_shared_by_the_batch_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("deberta")
+    plus, minus = pairs(tokenizer)
+    collector = GradientCollector(model, everything(model))
+    with caplog.at_level(logging.INFO):
+        rows = collector.rows(plus, minus)
+    assert "one example at a time" in caplog.text
+    assert_exact(rows, model, everything(model), plus, minus)
+
+
+def test_uncalled_module_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("deberta")
+    plus, minus = pairs(tokenizer)
+    selection = Selection.everything(backbone_parameters(model, ["*rel_embeddings.weight"]))
+    with caplog.at_level(logging.INFO):
+        rows = GradientCollector(model, selection).rows(plus, minus)
+    assert caplog.messages == ["the forward pass does not call Embedding: one example at a time"]
+    assert_exact(rows, model, selection, plus, minus)
+
+
+def test_padding_does_not_change_a_row() -> None:
+    model, tokenizer = build("roberta")
+    (short,), (other,) = (side[-1:] for side in pairs(tokenizer))
+    long_plus, long_minus = (side[3:4] for side in pairs(tokenizer))
+    ids, _ = pad([short, *long_plus], tokenizer.pad_token_id)
+    assert int((ids[0] == tokenizer.pad_token_id).sum()) > 5
+    collector = GradientCollector(model, everything(model))
+    alone = collector.rows([short], [other])
+    padded = collector.rows([short, *long_plus], [other, *long_minus])
+    assert relative_error(padded.alternative[:1], alone.alternative) <= 1e-6
+
+
+def test_self_check_passes_correct_rows_with_a_wide_margin() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    selection = some(model)
+    error = verify_rows(model, selection, GradientCollector(model, selection).rows(plus, minus), plus, minus)
+    assert 0 < error <= 2e-6 < TOLERANCE
+
+
+@pytest.mark.parametrize("damage", ["swapped", "scaled diff", "scaled last", "nan"])
+def test_self_check_refuses_wrong_rows(damage: str) -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    selection = some(model)
+    rows = GradientCollector(model, selection).rows(plus, minus)
+    if damage == "swapped":
+        rows = Rows(rows.alternative.roll(1, 0), rows.diff.roll(1, 0))
+    elif damage == "scaled diff":
+        rows.diff[0] *= 1.001
+    elif damage == "scaled last":
+        rows.alternative[-1] *= 1.001
+    else:
+        rows.diff[0, 0] = torch.nan
+    with pytest.raises(GradiendError, match="self-check failed"):
+        verify_rows(model, selection, rows, plus, minus)
