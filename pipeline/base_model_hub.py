@@ -15,5 +15,5 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     params = read_section(HubBaseModel, arguments.params)
     with Outputs("base_model_hub", arguments.manifest, params.model_dump(), []) as outputs:
-        model, tokenizer = load_masked_lm(params.repo_id, params.revision)
+        model, tokenizer = load_masked_lm(params.repo_id, revision=params.revision)
         save_masked_lm(outputs.folder(arguments.output, MODEL_FILES), model, tokenizer)

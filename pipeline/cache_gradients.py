@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.config.cache_gradients import CacheGradients
 from gradiend_core.config.section import read_section, read_value
@@ -18,7 +18,8 @@ from gradiend_core.gradients.objectives import Example, encode
 from gradiend_core.gradients.pins import pinned_folder
 from gradiend_core.gradients.selection import Selection
 from gradiend_core.gradients.store import INDEX, require_space, shard_files, store_bytes
-from gradiend_core.gradients.tasks import store_index
+from gradiend_core.gradients.store import TRAINING as STORED
+from gradiend_core.gradients.tasks import store_index, usable_neutral
 from gradiend_core.gradients.verify import verify_rows
 from gradiend_core.lm.folder import load_masked_lm, max_tokens
 from gradiend_core.progress import track
@@ -45,37 +46,50 @@ def main(argv: list[str]) -> None:
     base_model, dataset = (pinned_folder(pinned["pins"][name]) for name in ("base_model", "dataset"))
     inputs = [arguments.selection, *(Path(p["path"]) / name for p in pinned["pins"].values() for name in p["files"])]
     with Outputs("cache_gradients", arguments.manifest, params.model_dump(), inputs) as outputs:
-        whole = store_index(
-            read_table(dataset / TRAINING_FILE, TRAINING),
-            read_table(dataset / NEUTRAL_FILE, NEUTRAL),
-            pinned["target_classes"],
+        model, tokenizer = load_masked_lm(base_model, device=pick_device())
+        index, factual, alternative = _examples(
+            dataset, pinned["target_classes"], tokenizer, max_tokens(model, tokenizer)
         )
-        index = _shard_rows(whole, arguments.shard, num_shards, params.batch_size)
+        rows = _shard_rows(len(index), arguments.shard, num_shards, params.batch_size)
         dtype = getattr(torch, params.dtype)
-        needed = store_bytes(len(index), selection.n, dtype)
-        logger.info("%d rows x %d entries, two quantities: %.1f MB", len(index), selection.n, needed / 1e6)
+        needed = store_bytes(rows.stop - rows.start, selection.n, dtype)
+        logger.info(
+            "rows %d to %d of %d, %d entries: %.1f MB", rows.start, rows.stop, len(index), selection.n, needed / 1e6
+        )
         require_space(arguments.output, needed)
-        model, tokenizer = load_masked_lm(base_model)
-        encoded = [
-            encode(tokenizer, index["masked"], index[kind], max_length=max_tokens(model, tokenizer))
-            for kind in ("factual", "alternative")
-        ]
-        rows, error = _compute(model.to(pick_device()), selection, encoded[0], encoded[1], params.batch_size)
+        matrices, error = _compute(model, selection, factual[rows], alternative[rows], params.batch_size)
         tensors, mapping = selection.to_tensors()
-        tensors |= {name: matrix.to(dtype) for name, matrix in rows.items()}
+        tensors |= {name: matrix.to(dtype) for name, matrix in matrices.items()}
         tensor_file, index_file = shard_files(arguments.output, arguments.shard)
         metadata = _metadata(pinned, mapping, arguments.shard, num_shards)
         save_tensors(outputs.path(tensor_file), tensors, metadata)
-        index["n_positions"] = [len(example.positions) for example in encoded[0]]
-        write_table(outputs.path(index_file), index, INDEX)
+        write_table(outputs.path(index_file), index[rows], INDEX)
         outputs.record(device=describe_device(pick_device()), shard=arguments.shard, self_check_relative_error=error)
 
 
-def _shard_rows(index: pd.DataFrame, shard: int, num_shards: int, batch_size: int) -> pd.DataFrame:
-    """The contiguous rows of a shard; shards end where batches end, so a row's batch does not depend on their number."""
-    batches = -(-len(index) // batch_size)
-    start, stop = (batches * k // num_shards * batch_size for k in (shard, shard + 1))
-    return index.iloc[start:stop].reset_index(drop=True)
+def _examples(
+    dataset: Path, target_classes: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[pd.DataFrame, list[Example], list[Example]]:
+    """The index of the whole store, and the factual and the alternative example of every row."""
+    training = read_table(dataset / TRAINING_FILE, TRAINING)
+    neutral = usable_neutral(read_table(dataset / NEUTRAL_FILE, NEUTRAL), tokenizer, max_length)
+    index = store_index(training, neutral, target_classes)
+    names = [
+        f"{TRAINING_FILE if kind == STORED else NEUTRAL_FILE}: row {row}"
+        for kind, row in zip(index["type"], index["row"], strict=True)
+    ]
+    factual, alternative = (
+        encode(tokenizer, index["masked"], index[kind], max_length=max_length, rows=names)
+        for kind in ("factual", "alternative")
+    )
+    return index.assign(n_positions=[len(example.positions) for example in factual]), factual, alternative
+
+
+def _shard_rows(n: int, shard: int, num_shards: int, batch_size: int) -> slice:
+    """The rows of a shard; shards end where batches end, so that a row's batch does not depend on their number."""
+    batches = -(-n // batch_size)
+    start, stop = (min(n, batches * k // num_shards * batch_size) for k in (shard, shard + 1))
+    return slice(start, stop)
 
 
 def _compute(

@@ -34,8 +34,7 @@ def main(argv: list[str]) -> None:
     inputs = [*model_files, *base_files, training_file, neutral_file]
     with Outputs("evaluate_decoder", arguments.manifest, params.model_dump(), inputs) as outputs:
         gradiend = GradiendModel.from_pretrained(arguments.model)
-        base_model, tokenizer = load_masked_lm(arguments.base_model)
-        base_model.to(pick_device())
+        base_model, tokenizer = load_masked_lm(arguments.base_model, device=pick_device())
         training, neutral = read_table(training_file, TRAINING), read_table(neutral_file, NEUTRAL)
         grid = evaluate_grid(gradiend, base_model, tokenizer, training, neutral, params)
         classes = select_candidates(grid, gradiend, params.lms_ratio)

@@ -46,8 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _select(params: PrePrune, base_model: Path, training: pd.DataFrame, target_classes: list[str]) -> Selection:
-    model, tokenizer = load_masked_lm(base_model)
-    model.to(pick_device())
+    model, tokenizer = load_masked_lm(base_model, device=pick_device())
     parameters = backbone_parameters(model, params.params)
     everything = Selection.everything(parameters)
     if params.topk is None:
@@ -58,8 +57,9 @@ def _select(params: PrePrune, base_model: Path, training: pd.DataFrame, target_c
     ]
     candidates = between[between["split"] == "train"].reset_index(drop=True)
     sample = candidates.iloc[stratified_sample(candidates["transition"], params.n_samples, params.seed)]
+    names = [f"{TRAINING_FILE}: row {row}" for row in sample["row"]]
     encoded = {
-        kind: encode(tokenizer, sample["masked"], sample[kind], max_length=max_tokens(model, tokenizer))
+        kind: encode(tokenizer, sample["masked"], sample[kind], max_length=max_tokens(model, tokenizer), rows=names)
         for kind in ("factual", "alternative")
     }
     labels = class_label(sample, target_classes, params.source)

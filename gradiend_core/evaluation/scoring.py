@@ -5,7 +5,6 @@ models are scored on identical inputs.
 """
 
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.data.tables import SLOT
 from gradiend_core.gradients.losses import slot_logits
-from gradiend_core.gradients.objectives import Example, encode, encode_unchecked
+from gradiend_core.gradients.objectives import Example, encode, encode_unchecked, is_known
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,10 @@ def _casings(
     yield from enumerate(encode(tokenizer, templates, [word] * len(templates), max_length=max_length))
     for variant in dict.fromkeys((word.lower(), word.capitalize(), word.upper())):
         # A single token is never longer than the word that fitted; longer variants are left out, not refused.
-        examples = encode_unchecked(tokenizer, templates, [variant] * len(templates), max_length=sys.maxsize)
+        examples = encode_unchecked(tokenizer, templates, [variant] * len(templates))
         for row, example in enumerate(examples):
             single = len(example.labels) <= templates[row].count(SLOT)
-            if variant != word and single and tokenizer.unk_token_id not in example.labels:
+            if variant != word and single and is_known(tokenizer, example):
                 yield row, example
 
 

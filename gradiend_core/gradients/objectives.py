@@ -27,45 +27,55 @@ class Example(NamedTuple):
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, templates: Iterable[str], words: Iterable[str], *, max_length: int
+    tokenizer: PreTrainedTokenizerFast,
+    templates: Iterable[str],
+    words: Iterable[str],
+    *,
+    max_length: int,
+    rows: Iterable[str] | None = None,
 ) -> list[Example]:
     """One `Example` per template, with the word of the same position in its slots.
+
+    Args:
+        rows: what to call each row in errors; by default its position.
 
     Raises:
         GradiendError: naming the row, when a template has no slot or is too long for the model, or a word has no
             token or none that the model knows.
     """
     pairs = list(zip(templates, words, strict=True))
-    examples = encode_unchecked(tokenizer, *zip(*pairs, strict=True), max_length=max_length) if pairs else []
-    for row, (example, (template, word)) in enumerate(zip(examples, pairs, strict=True)):
-        if not example.labels or tokenizer.unk_token_id in example.labels:
+    names = [f"row {row}" for row in range(len(pairs))] if rows is None else list(rows)
+    examples = encode_unchecked(tokenizer, [template for template, _ in pairs], [word for _, word in pairs])
+    for row, example, (template, word) in zip(names, examples, pairs, strict=True):
+        if SLOT not in template:
+            raise GradiendError(f"{row}: template {template!r} has no slot {SLOT!r}")
+        if len(example.input_ids) > max_length:
             raise GradiendError(
-                f"row {row}: the word {word!r} in {template!r} has no token in the base model's vocabulary."
+                f"{row}: template {template!r} has {len(example.input_ids)} tokens, the base model takes"
+                f" {max_length}; its slot could be cut off. Shorten or remove the text."
+            )
+        if not is_known(tokenizer, example):
+            raise GradiendError(
+                f"{row}: the word {word!r} in {template!r} has no token in the base model's vocabulary."
                 " Remove it from the class, or use a base model that knows it."
             )
     return examples
 
 
 def encode_unchecked(
-    tokenizer: PreTrainedTokenizerFast, templates: Sequence[str], words: Sequence[str], *, max_length: int
+    tokenizer: PreTrainedTokenizerFast, templates: Sequence[str], words: Sequence[str]
 ) -> list[Example]:
-    """Like `encode`, but words that the tokenizer does not know are let through, labelled with its unknown token."""
-    texts, spans = [], []
-    for row, (template, word) in enumerate(zip(templates, words, strict=True)):
-        text, span = fill(template, word)
-        if not span:
-            raise GradiendError(f"row {row}: template {template!r} has no slot {SLOT!r}")
-        texts.append(text)
-        spans.append(span)
-    encoding = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
-    examples = [_mask_word(int(tokenizer.mask_token_id), encoding, row, spans[row]) for row in range(len(texts))]
-    for row, example in enumerate(examples):
-        if len(example.input_ids) > max_length:
-            raise GradiendError(
-                f"row {row}: template {templates[row]!r} has {len(example.input_ids)} tokens, the base model takes"
-                f" {max_length}; its slot could be cut off. Shorten or remove the text."
-            )
-    return examples
+    """Like `encode`, but nothing is refused: see `is_known`, and compare lengths with what the model takes."""
+    if not templates:
+        return []
+    texts, spans = zip(*map(fill, templates, words), strict=True)
+    encoding = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+    return [_mask_word(int(tokenizer.mask_token_id), encoding, row, spans[row]) for row in range(len(texts))]
+
+
+def is_known(tokenizer: PreTrainedTokenizerFast, example: Example) -> bool:
+    """Whether the word of an example has tokens, none of them the unknown token."""
+    return bool(example.labels) and tokenizer.unk_token_id not in example.labels
 
 
 def fill(template: str, word: str) -> tuple[str, list[tuple[int, int]]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.errors import GradiendError
@@ -12,11 +13,14 @@ MODEL_FILES: Final = ("config.json", "model.safetensors", "tokenizer.json", "tok
 METRICS_FILE: Final = "metrics.json"
 
 
-def load_masked_lm(folder: Path | str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_masked_lm(
+    folder: Path | str, *, revision: str | None = None, device: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A masked language model in evaluation mode (no dropout, float32) and its fast tokenizer.
 
     Args:
         folder: a local folder, or a hub id together with its `revision`.
+        device: where the model goes; the CPU by default.
 
     Raises:
         GradiendError: missing, damaged or incomplete weights; no fast tokenizer; no mask token.
@@ -43,7 +47,8 @@ def load_masked_lm(folder: Path | str, revision: str | None = None) -> tuple[Pre
         raise GradiendError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}"
         )
-    return model.eval(), tokenizer
+    # As a module: the method of transformers adds checks for quantised models, whose types it does not declare.
+    return nn.Module.to(model.eval(), device or torch.device("cpu")), tokenizer
 
 
 def save_masked_lm(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

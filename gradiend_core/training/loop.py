@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradiend_core.config.train import Train
+from gradiend_core.devices import pick_device
 from gradiend_core.gradients.store import TRAINING, GradientStore
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.progress import track
@@ -31,20 +32,20 @@ class RowSet:
     weights: Tensor  # masked positions per row: the share of a row in its batch's mean loss
 
     @classmethod
-    def load(cls, store: GradientStore, params: Train, positions: Tensor) -> "RowSet":
+    def load(cls, store: GradientStore, params: Train, positions: Tensor, device: torch.device) -> "RowSet":
         """Rows of a store; the label is negated for source alternative (semantics 2.5)."""
         index = store.index.iloc[positions.numpy()]
         sign = -1.0 if params.source == "alternative" else 1.0
         return cls(
-            store.rows(params.source, positions),
-            store.rows(params.target, positions),
+            store.rows(params.source, positions).to(device),
+            store.rows(params.target, positions).to(device),
             sign * index["label"].to_numpy(dtype=np.float64) + 0.0,
-            torch.tensor(index["n_positions"].to_numpy(), dtype=torch.float32),
+            torch.tensor(index["n_positions"].to_numpy(), dtype=torch.float32, device=device),
         )
 
     def batch_mean(self, positions: np.ndarray) -> tuple[Tensor, Tensor]:
         """Source and target gradient [n] of the mean loss over all masked positions of some rows."""
-        rows = torch.from_numpy(positions)
+        rows = torch.from_numpy(positions).to(self.source.device)
         share = self.weights[rows] / self.weights[rows].sum()
         return share @ self.source[rows], share @ self.target[rows]
 
@@ -65,11 +66,12 @@ def train(store: GradientStore, params: Train, seed: int) -> Trained:
     end, so that the first target class is encoded as positive, and the history with it.
     """
     index = store.index
-    training = RowSet.load(store, params, store.positions(split="train", kind=TRAINING))
-    validation = RowSet.load(store, params, store.positions(split="validation", kind=TRAINING))
+    device = pick_device()
+    training = RowSet.load(store, params, store.positions(split="train", kind=TRAINING), device)
+    validation = RowSet.load(store, params, store.positions(split="validation", kind=TRAINING), device)
     # Neutral rows have no difference to encode: their factual gradient is, whatever the source (semantics 7.1).
-    neutral = store.rows("factual", torch.from_numpy((index["type"] != TRAINING).to_numpy().nonzero()[0]))
-    model = _new_model(store, params, training, seed)
+    neutral = store.rows("factual", torch.from_numpy((index["type"] != TRAINING).to_numpy().nonzero()[0])).to(device)
+    model = _new_model(store, params, training, seed).to(device)
     transitions = index.loc[(index["split"] == "train") & (index["type"] == TRAINING), "transition"].to_numpy()
     groups = {name: np.flatnonzero(transitions == name) for name in np.unique(transitions)}
     order = batches(groups, params.train_batch_size, seed)
@@ -86,7 +88,7 @@ def train(store: GradientStore, params: Train, seed: int) -> Trained:
             losses.clear()
             if abs(history[-1]["correlation"]) > max(abs(line["correlation"]) for line in history[:-1]):
                 best_step, best = step, copy.deepcopy(model)
-    return _orient(Trained(best, pd.DataFrame(history), best_step))
+    return _orient(Trained(best.cpu(), pd.DataFrame(history), best_step))
 
 
 def training_step(
@@ -122,8 +124,8 @@ def evaluate(model: GradiendModel, validation: RowSet, neutral: Tensor) -> dict[
     with torch.no_grad():
         encoded = model.encode(validation.source)
         r2 = r_squared(validation.target, model.decode(encoded))
-        encodings = encoded[:, 0].double().numpy()
-        neutral_encodings = model.encode(neutral)[:, 0].double().numpy()
+        encodings = encoded[:, 0].double().cpu().numpy()
+        neutral_encodings = model.encode(neutral)[:, 0].double().cpu().numpy()
     return {
         "correlation": pearson(encodings, validation.labels),
         "r2": r2,

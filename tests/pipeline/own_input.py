@@ -77,5 +77,5 @@ def write_model(folder: Path, reviews: Path, steps: int = 250) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    model.eval().save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

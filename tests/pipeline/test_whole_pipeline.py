@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 from own_input import write_model, write_reviews
-from project import ROOT, Project
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from gradiend_core import GradiendModel, GradientStore
+from project import ROOT, Project
 
 _REAL = ["Snakefile", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "profiles", "workflow", "pipeline"]
 _REAL += ["gradiend_core", "data"]

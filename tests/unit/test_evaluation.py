@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import build, wordpiece
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.config.evaluate_decoder import EvaluateDecoder
@@ -27,6 +26,7 @@ from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.model.rewriting import rewrite
 from gradiend_core.statistics import bootstrap_interval, pearson, ratio_interval
 from gradiend_core.tables import read_table, write_table
+from tests.unit.tiny import build, wordpiece
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 NEUTRAL_TEXTS = ["the king slept .", "the queen slept .", "my friend sang .", "the bread was cold ."]

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from tiny import build, everything, exact_rows, pairs, relative_error, some
 from torch import Tensor, nn
 
 from gradiend_core.errors import GradiendError
@@ -13,6 +12,7 @@ from gradiend_core.gradients.losses import share_input
 from gradiend_core.gradients.objectives import Example, pad
 from gradiend_core.gradients.selection import Selection, backbone_parameters
 from gradiend_core.gradients.verify import TOLERANCE, verify_rows
+from tests.unit.tiny import build, everything, exact_rows, pairs, relative_error, some
 
 LIMIT = 5e-6
 KINDS = ["bert", "distilbert", "roberta", "albert", "electra"]

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import MAX_LENGTH, build, exact_rows, pairs, relative_error
 
 from gradiend_core.gradients.importance import class_label, mean_gradient, stratified_sample
 from gradiend_core.gradients.objectives import encode
 from gradiend_core.gradients.selection import Selection, backbone_parameters
+from tests.unit.tiny import MAX_LENGTH, build, exact_rows, pairs, relative_error
 
 Source = Literal["factual", "alternative", "diff"]
 SOURCES: tuple[Source, ...] = ("factual", "alternative", "diff")

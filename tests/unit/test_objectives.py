@@ -1,11 +1,11 @@
 """Which tokens are masked and which labels they get."""
 
 import pytest
-from tiny import MAX_LENGTH, byte_bpe, wordpiece
 from transformers import PreTrainedTokenizerFast
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.objectives import Example, encode, encode_unchecked, fill, pad
+from tests.unit.tiny import MAX_LENGTH, byte_bpe, wordpiece
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_word_without_known_token_is_refused(pieces: PreTrainedTokenizerFast, wo
 
 
 def test_unchecked_encoding_labels_unknown_words_as_unknown(pieces: PreTrainedTokenizerFast) -> None:
-    (example,) = encode_unchecked(pieces, ["[MASK] slept"], ["xyz"], max_length=MAX_LENGTH)
+    (example,) = encode_unchecked(pieces, ["[MASK] slept"], ["xyz"])
     assert example.labels == (pieces.unk_token_id,)
 
 

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from tiny import build, everything, some
 from transformers import PreTrainedModel
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.selection import Selection
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.model.rewriting import decoded_update, rewrite, rewritten
+from tests.unit.tiny import build, everything, some
 
 
 def gradiend(selection: Selection) -> GradiendModel:

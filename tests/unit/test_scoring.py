@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from tiny import MAX_LENGTH, TEXTS, build, wordpiece
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.evaluation.scoring import ClassScorer, LanguageModelScorer
+from tests.unit.tiny import MAX_LENGTH, TEXTS, build, wordpiece
 
 TEMPLATES = [
     "then [MASK] said that the doctor was late.",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import build
 from transformers import PreTrainedModel
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.selection import Selection, backbone_parameters, top_k, top_k_count
+from tests.unit.tiny import build
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from tiny import exact_rows, relative_error
 
 from gradiend_core.data.tables import NEUTRAL, NEUTRAL_DATASET, NEUTRAL_FILE, TRAINING, TRAINING_FILE
 from gradiend_core.errors import GradiendError
@@ -23,6 +22,7 @@ from gradiend_core.lm.folder import load_masked_lm
 from gradiend_core.tables import read_table, write_table
 from gradiend_core.tensors import load_tensors, read_metadata, save_tensors
 from pipeline import cache_gradients, pre_prune
+from tests.unit.tiny import exact_rows, relative_error
 
 PARAMS = {
     "one": [0],

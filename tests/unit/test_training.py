@@ -92,7 +92,7 @@ def test_batch_mean_weighs_rows_by_their_positions() -> None:
 @pytest.mark.parametrize(("source", "sign"), [("factual", 1), ("diff", 1), ("alternative", -1)])
 def test_labels_follow_the_source(source: str, sign: float) -> None:
     store = planted(4)
-    rows = RowSet.load(store, Train.model_validate({"source": source}), torch.tensor([0, 1, 120]))
+    rows = RowSet.load(store, Train.model_validate({"source": source}), torch.tensor([0, 1, 120]), torch.device("cpu"))
     assert rows.labels.tolist() == [sign, -sign, 0]
     assert torch.equal(rows.target, store.rows("diff", torch.tensor([0, 1, 120])))
 
@@ -192,7 +192,7 @@ def test_first_class_is_positive_for_every_seed_and_the_history_agrees(
     for seed in range(6):
         params = Train.model_validate(QUICK | {"source": source})
         trained = train(store, params, seed)
-        rows = RowSet.load(store, params, store.positions(split="validation", kind=TRAINING))
+        rows = RowSet.load(store, params, store.positions(split="validation", kind=TRAINING), torch.device("cpu"))
         neutral = store.rows("factual", store.positions(kind="neutral_dataset"))
         again = loop.evaluate(trained.model, rows, neutral)
         line = best_line(trained)
