@@ -1,17 +1,18 @@
 # One command per thing to do. All of them use a virtual environment in .venv, made when it is first needed and
 # installed again only when pyproject.toml has changed.
 CORES ?= all
+GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PYTHON ?= python3
 RUN := . .venv/bin/activate &&
 
-.PHONY: help run dvc test check bench clean
+.PHONY: help run dvc test check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
 run: .venv/run  ## Run the whole pipeline with Snakemake on all cores (CORES=2 for two)
-	$(RUN) snakemake --cores $(CORES)
+	$(RUN) snakemake --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS))
 
 dvc: .venv/run  ## Run the whole pipeline with DVC, stage by stage
 	$(RUN) dvc repro
@@ -25,9 +26,6 @@ check: .venv/dev  ## Formatter, linters and types
 
 test: check  ## Everything that has to pass: check and all tests
 	$(RUN) pytest
-
-bench: .venv/dev  ## Benchmarks against their limits
-	$(RUN) python -m bench
 
 clean:  ## Delete what the pipeline made (artifacts, logs, reports); DVC's cache stays, so that nothing is computed again
 	rm -rf artifacts logs benchmarks dvc_plots report.html .stages .snakemake
