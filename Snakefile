@@ -37,6 +37,9 @@ GRAMMAR, TEXT = (PARAMS["corpora"][source] for source in ("grammar", "text"))
 DATASETS, RUNS = PARAMS["datasets"], PARAMS["runs"]
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
+# Two stages that load a language model share this machine; a cluster, where no number of cores is given, has more.
+LM_THREADS = max(1, workflow.cores // 2) if workflow.cores else 4
+
 
 # `python` in a rule is the one that runs Snakemake, also when its environment was not activated.
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
@@ -154,7 +157,7 @@ rule base_model_trained:
         "benchmarks/base_model_trained/{model}.tsv"
     wildcard_constraints:
         model=one_of(TRAINED),
-    threads: 4
+    threads: 1
     resources:
         mem_mb=8000,
         runtime=240,
@@ -258,7 +261,7 @@ rule pre_prune:
         "logs/pre_prune/{run}.log",
     benchmark:
         "benchmarks/pre_prune/{run}.tsv"
-    threads: 4
+    threads: LM_THREADS
     resources:
         mem_mb=16000,
         runtime=120,
@@ -284,7 +287,7 @@ rule cache_gradients:
         "logs/cache_gradients/{run}-{shard}.log",
     benchmark:
         "benchmarks/cache_gradients/{run}-{shard}.tsv"
-    threads: 4
+    threads: LM_THREADS
     resources:
         mem_mb=16000,
         runtime=480,
@@ -430,7 +433,7 @@ rule evaluate_decoder:
         "logs/evaluate_decoder/{run}.log",
     benchmark:
         "benchmarks/evaluate_decoder/{run}.tsv"
-    threads: 4
+    threads: LM_THREADS
     resources:
         mem_mb=16000,
         runtime=480,
