@@ -37,10 +37,6 @@ GRAMMAR, TEXT = (PARAMS["corpora"][source] for source in ("grammar", "text"))
 DATASETS, RUNS = PARAMS["datasets"], PARAMS["runs"]
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
-# Two stages that load a language model share this machine; a cluster, where no number of cores is given, has more.
-LM_THREADS = max(1, workflow.cores // 2) if workflow.cores else 4
-
-
 # `python` in a rule is the one that runs Snakemake, also when its environment was not activated.
 shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
 
@@ -53,6 +49,14 @@ def one_of(names):
 def version(address):
     """The version of a stage's spec, so that Snakemake notices a change whatever the modification times are."""
     return lambda wildcards: dag.version(address.format(**wildcards))
+
+
+def language_model_threads():
+    """Half of this machine's cores, so that two such stages run side by side; 4 on a cluster."""
+    try:
+        return max(1, workflow.cores // 2)
+    except WorkflowError:
+        return 4
 
 
 def base_model(wildcards):
@@ -261,7 +265,7 @@ rule pre_prune:
         "logs/pre_prune/{run}.log",
     benchmark:
         "benchmarks/pre_prune/{run}.tsv"
-    threads: LM_THREADS
+    threads: language_model_threads()
     resources:
         mem_mb=16000,
         runtime=120,
@@ -287,7 +291,7 @@ rule cache_gradients:
         "logs/cache_gradients/{run}-{shard}.log",
     benchmark:
         "benchmarks/cache_gradients/{run}-{shard}.tsv"
-    threads: LM_THREADS
+    threads: language_model_threads()
     resources:
         mem_mb=16000,
         runtime=480,
@@ -433,7 +437,7 @@ rule evaluate_decoder:
         "logs/evaluate_decoder/{run}.log",
     benchmark:
         "benchmarks/evaluate_decoder/{run}.tsv"
-    threads: LM_THREADS
+    threads: language_model_threads()
     resources:
         mem_mb=16000,
         runtime=480,

@@ -37,7 +37,7 @@ class Outputs:
 
     Use as a context manager; `path(final)` gives the name to write to. When the block raises, the asides are
     deleted and earlier files stay as they were. The manifest holds the stage, its resolved parameters, the SHA-256
-    of inputs and outputs, package versions and facts from `record`: no timestamps, no host names.
+    of inputs and outputs, threads, package versions and facts from `record`: no timestamps, no host names.
     """
 
     def __init__(self, stage: str, manifest: Path, params: Mapping[str, Any], inputs: Sequence[Path]) -> None:
@@ -45,6 +45,7 @@ class Outputs:
         self._asides: dict[Path, Path] = {}
         self._folders: list[Path] = []
         self._facts: dict[str, Any] = {"stage": stage, "params": dict(params)}
+        self._facts["threads"] = os.environ.get("OMP_NUM_THREADS")
         self._facts["inputs"] = {path.as_posix(): sha256_file(path) for path in _files(inputs)}
 
     def path(self, final: Path) -> Path:

@@ -28,7 +28,8 @@ class Project:
     def __init__(self, folder: Path, site: Path) -> None:
         self.folder = folder
         self._log = folder / "executed.log"
-        self._environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self._environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        self._environment.pop("OMP_NUM_THREADS", None)
         self._environment |= {"DVC_SITE_CACHE_DIR": str(site), "XDG_CACHE_HOME": str(site), "SHELL": "/bin/sh"}
 
     def run(self, *command: str, succeeds: bool = True) -> str:

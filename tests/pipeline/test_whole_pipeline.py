@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -117,7 +119,8 @@ def test_results_open_with_ordinary_tools(finished: tuple[Project, Project]) -> 
         assert f"**{target}**" in (folder / "README.md").read_text()
     store = GradientStore.open(run / "gradients")
     model = GradiendModel.from_pretrained(run / "model")
-    assert len(store.index) == 60 * 2 + 30 * 2
+    assert len(store.positions(kind="training")) == 60 * 2
+    assert 0 < len(store.index) - 60 * 2 <= 30 * 2
     assert model.selection.n == -(-store.n // 2)
     encodings = pd.read_parquet(run / "encoder/encodings.parquet")
     assert len(encodings) == len(store.index)
@@ -134,14 +137,27 @@ def test_metrics_plots_and_reports_are_shown(finished: tuple[Project, Project]) 
     assert "encoder" in (finished[0].folder / "report.html").read_text()
 
 
+def test_the_commands_and_snippets_of_the_pages_work(finished: tuple[Project, Project]) -> None:
+    project = finished[0]
+    for page in ("README.md", "docs/engines.md", "docs/files.md"):
+        text = (ROOT / page).read_text()
+        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
+            for command in (shlex.split(line, comments=True) for line in block.splitlines()):
+                if command and command[0] in {"snakemake", "dvc"}:
+                    project.run(*command)
+        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            program = snippet.replace("pronoun_number", "gender").replace("3PL", "feminine")
+            project.run("python", "-c", program)
+
+
 def test_a_changed_value_runs_what_it_affects_and_changing_it_back_restores(finished: tuple[Project, Project]) -> None:
     project, _ = finished
     params, before = project.folder / "params.yaml", project.artifacts()
     original = params.read_text()
     project.replace("params.yaml", "dpi: 72", "dpi: 80")
     planned = project.snakemake("--dry-run")
-    assert "rule plot" in planned
-    assert "rule train" not in planned
+    assert "plot@gender is due: runs.gender.plot.dpi is 80, was 72" in planned
+    assert planned.count(" is due:") == 1
     project.snakemake()
     changed = {name for name, data in project.artifacts().items() if data != before[name]}
     figures = {f"artifacts/runs/gender/plots/{figure}.png" for figure in ("training", "encoder", "decoder")}
