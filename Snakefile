@@ -400,6 +400,7 @@ rule evaluate_encoder:
             category="Metrics",
             labels={"run": "{run}", "metrics": "encoder"},
         ),
+        details=update("artifacts/runs/{run}/encoder/details.json"),
         manifest=update("artifacts/manifests/evaluate_encoder/{run}.json"),
     log:
         "logs/evaluate_encoder/{run}.log",

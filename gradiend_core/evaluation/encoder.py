@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradiend_core.config.evaluate_encoder import EvaluateEncoder
 from gradiend_core.corpus.texts import SPLITS
@@ -20,13 +19,10 @@ from gradiend_core.training.loop import r_squared
 _SOURCE_ID = {"factual": "factual_class", "alternative": "alternative_class", "diff": "transition"}
 
 
-def encode_store(model: GradiendModel, store: GradientStore, coordinates: Tensor) -> pd.DataFrame:
+def encode_store(model: GradiendModel, store: GradientStore) -> pd.DataFrame:
     """The encodings table (`ENCODINGS`): one line per stored row.
 
     Neutral rows are encoded from their factual gradient whatever the model's source (semantics 7.1).
-
-    Args:
-        coordinates: positions of the model's entries in the store's rows (`coordinates_in`).
     """
     index = store.index
     neutral = torch.tensor((index["type"] != TRAINING).to_numpy())
@@ -34,7 +30,7 @@ def encode_store(model: GradiendModel, store: GradientStore, coordinates: Tensor
     with torch.no_grad():
         for rows, quantity in ((~neutral, model.source), (neutral, "factual")):
             positions = rows.nonzero()[:, 0]
-            encoded[positions] = model.encode(store.rows(quantity, positions)[:, coordinates])[:, 0]
+            encoded[positions] = model.encode(store.rows(quantity, positions, model.selection))[:, 0]
     sign = -1.0 if model.source == "alternative" else 1.0
     table = index.assign(
         source_id=index[_SOURCE_ID[model.source]],
@@ -42,11 +38,6 @@ def encode_store(model: GradiendModel, store: GradientStore, coordinates: Tensor
         encoded=encoded.double().numpy(),
     )
     return table[list(ENCODINGS)]
-
-
-def coordinates_in(store: GradientStore, model: GradiendModel) -> Tensor:
-    """Where the model's entries stand in a row of the store it was trained on [n of the model]."""
-    return torch.searchsorted(store.selection.base_global_indices(), model.selection.base_global_indices())
 
 
 def encoder_metrics(encodings: pd.DataFrame) -> dict[str, Any]:
@@ -68,9 +59,9 @@ def encoder_metrics(encodings: pd.DataFrame) -> dict[str, Any]:
 
 
 def all_metrics(
-    encodings: pd.DataFrame, store: GradientStore, model: GradiendModel, coordinates: Tensor, params: EvaluateEncoder
-) -> dict[str, Any]:
-    """metrics.json: per split the `encoder_metrics`, the correlation's bootstrap interval and the reconstruction R²."""
+    encodings: pd.DataFrame, store: GradientStore, model: GradiendModel, params: EvaluateEncoder
+) -> dict[str, dict[str, Any]]:
+    """Per split the `encoder_metrics`, the correlation's bootstrap interval and the reconstruction R²."""
     metrics: dict[str, Any] = {}
     for split in SPLITS:
         chosen = encodings[encodings["split"] == split]
@@ -84,16 +75,24 @@ def all_metrics(
             seed=params.seed,
         )
         interval = {"correlation": pearson(encoded, labels), "correlation_low": low, "correlation_high": high}
-        r2 = _reconstruction_r2(model, store, split, coordinates)
+        r2 = _reconstruction_r2(model, store, split)
         metrics[split] = interval | {"r2": r2} | encoder_metrics(chosen)
     return metrics
 
 
-def _reconstruction_r2(model: GradiendModel, store: GradientStore, split: str, coordinates: Tensor) -> float:
+def headline(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one split that one looks at first."""
+    means = {f"mean_{name}": found["mean"] for name, found in metrics["by_feature_class"].items()}
+    neutral = {f"mean_{kind}": found["mean"] for kind, found in metrics["by_type"].items() if kind != TRAINING}
+    numbers = {name: metrics[name] for name in ("correlation", "correlation_low", "correlation_high", "r2")}
+    return numbers | {"accuracy": metrics["training_only"]["accuracy"]} | means | neutral
+
+
+def _reconstruction_r2(model: GradiendModel, store: GradientStore, split: str) -> float:
     positions = store.positions(split=split, kind=TRAINING)
     with torch.no_grad():
-        reconstruction = model(store.rows(model.source, positions)[:, coordinates])
-    return r_squared(store.rows(model.target, positions)[:, coordinates], reconstruction)
+        reconstruction = model(store.rows(model.source, positions, model.selection))
+    return r_squared(store.rows(model.target, positions, model.selection), reconstruction)
 
 
 def _correlation(encoded: Array, labels: Array, rows: NDArray[np.int64]) -> float:

@@ -8,7 +8,8 @@ from gradiend_core.tables import Schema
 
 ENCODINGS_FILE: Final = "encodings.parquet"
 GRID_FILE: Final = "grid.parquet"
-METRICS_FILE: Final = "metrics.json"
+METRICS_FILE: Final = "metrics.json"  # the numbers one looks at first
+DETAILS_FILE: Final = "details.json"  # every encoder metric of every split
 
 BASE_ID: Final = "base"  # the grid's entry for the unmodified model
 

@@ -69,6 +69,19 @@ class Selection:
             start += size
         return torch.cat(parts)
 
+    def locate(self, part: "Selection") -> Tensor:
+        """Where the entries of `part` stand among the entries of this selection [part.n] (int64).
+
+        Raises `GradiendError` when `part` holds an entry that this selection does not.
+        """
+        known, wanted = self.base_global_indices(), part.base_global_indices()
+        found = torch.searchsorted(known, wanted).clamp_max(len(known) - 1)
+        if (self.names, self.shapes) != (part.names, part.shapes) or not torch.equal(known[found], wanted):
+            raise GradiendError(
+                "the entries asked for are not among those stored: this model was trained on another gradient store"
+            )
+        return found
+
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON metadata from which `from_tensors` restores the selection."""
         tensors = {f"kept.{i}": kept for i, kept in enumerate(self.kept) if kept is not None}

@@ -111,8 +111,10 @@ class GradientStore:
             chosen &= self.index["type"] == kind
         return torch.from_numpy(chosen.to_numpy().nonzero()[0])
 
-    def rows(self, quantity: Quantity, positions: Tensor) -> Tensor:
-        """Gradient rows [len(positions), n] in float32."""
+    def rows(self, quantity: Quantity, positions: Tensor, selection: Selection | None = None) -> Tensor:
+        """Gradient rows [len(positions), n] in float32, or only their entries at a part of the store's selection."""
+        if selection is not None:
+            return self.rows(quantity, positions)[:, self.selection.locate(selection)]
         if quantity == "factual":
             return self.rows("alternative", positions) + self.rows("diff", positions)
         result = torch.empty(len(positions), self.n)

@@ -16,7 +16,7 @@ from gradiend_core.data.tables import NEUTRAL_DATASET
 from gradiend_core.devices import describe_device, pick_device, use_deterministic_algorithms
 from gradiend_core.errors import GradiendError
 from gradiend_core.evaluation.decoder import class_words, evaluate_grid, select_candidates
-from gradiend_core.evaluation.encoder import all_metrics, coordinates_in, encode_store, encoder_metrics
+from gradiend_core.evaluation.encoder import all_metrics, encode_store, encoder_metrics
 from gradiend_core.evaluation.scoring import ClassScorer, LanguageModelScorer
 from gradiend_core.evaluation.tables import BASE_ID, ENCODINGS, GRID
 from gradiend_core.gradients.selection import Selection, backbone_parameters
@@ -65,7 +65,7 @@ def model(source: str) -> GradiendModel:
 )
 def test_encodings_of_every_row(source: str, sign: float, column: str, tmp_path: Path) -> None:
     opened, made = store(), model(source)
-    table = encode_store(made, opened, coordinates_in(opened, made))
+    table = encode_store(made, opened)
     assert table["label"].tolist() == [sign] * 6 + [-sign] * 6 + [0, 0]
     assert table["source_id"].iloc[:12].tolist() == opened.index[column].iloc[:12].tolist()
     assert table["source_id"].iloc[12:].isna().all()
@@ -79,19 +79,18 @@ def test_encodings_of_every_row(source: str, sign: float, column: str, tmp_path:
 def test_pruned_model_reads_its_entries_of_the_store() -> None:
     opened, made = store(), model("alternative")
     pruned = made.prune(2)
-    coordinates = coordinates_in(opened, pruned)
+    coordinates = opened.selection.locate(pruned.selection)
     assert torch.equal(opened.selection.base_global_indices()[coordinates], pruned.selection.base_global_indices())
-    encoded = encode_store(pruned, opened, coordinates)["encoded"]
+    encoded = encode_store(pruned, opened)["encoded"]
     expected = pruned.encode(opened.rows("alternative", torch.arange(12))[:, coordinates])[:, 0].detach()
     assert encoded.iloc[:12].to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
 
 
 def test_metrics_of_every_split_with_intervals() -> None:
     opened, made = store(), model("diff")
-    coordinates = coordinates_in(opened, made)
-    table = encode_store(made, opened, coordinates)
+    table = encode_store(made, opened)
     params = EvaluateEncoder.model_validate({"bootstrap_samples": 200})
-    metrics = all_metrics(table, opened, made, coordinates, params)
+    metrics = all_metrics(table, opened, made, params)
     assert list(metrics) == ["train", "validation", "test"]
     for split, found in metrics.items():
         rows = table[(table["split"] == split) & (table["type"] == "training")]
@@ -102,7 +101,7 @@ def test_metrics_of_every_split_with_intervals() -> None:
         r2 = 1 - float((target - guess).square().sum() / (target - target.mean(0)).square().sum())
         assert found["r2"] == pytest.approx(r2, rel=1e-5)
         assert found["all_data"]["n"] == len(rows) + 2 * (split == "test")
-    assert metrics == all_metrics(table, opened, made, coordinates, params)
+    assert metrics == all_metrics(table, opened, made, params)
 
 
 def test_accuracy_cuts() -> None:

@@ -119,3 +119,11 @@ def test_top_k_is_sorted_and_keeps_the_first_of_equal_entries() -> None:
     assert top_k(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert top_k(torch.zeros(10_000), 4).tolist() == [0, 1, 2, 3]
     assert top_k(torch.tensor([0.0, 5.0]), 1).tolist() == [1]
+
+
+def test_locate_finds_the_entries_of_a_part_and_refuses_foreign_ones() -> None:
+    whole = Selection.everything(parameters()).prune(torch.tensor([0, 3, 12, 13, 20]))
+    part = whole.prune(torch.tensor([1, 4]))
+    assert whole.locate(part).tolist() == [1, 4]
+    with pytest.raises(GradiendError, match="not among those stored"):
+        part.locate(whole)
