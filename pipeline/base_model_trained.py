@@ -33,13 +33,12 @@ def main(argv: list[str]) -> None:
         texts = read_table(corpus, TEXTS)
         train, test = (list(texts.loc[texts["split"] == split, "text"]) for split in ("train", "test"))
         tokenizer = train_tokenizer(train, vocab_size=params.vocab_size)
-        masking = {"mlm_probability", "focus_words", "focus_probability"}
         model = train_masked_lm(
             train,
             tokenizer,
             model_config=params.model.model_dump(),
-            training_arguments=params.training.model_dump(exclude=masking),
-            **params.training.model_dump(include=masking),
+            training_arguments=params.training.model_dump(exclude={"mlm_probability"}),
+            mlm_probability=params.training.mlm_probability,
         )
         words = masked_word_accuracy(model, tokenizer, test, params.probe_words)
         tokens = masked_token_accuracy(model, tokenizer, test, seed=params.training.seed)

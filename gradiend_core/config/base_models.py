@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gradiend_core.config.section import Name, Section, Seed
+from gradiend_core.config.section import Name, Section
 
 
 class BertShape(Section):
@@ -33,11 +33,6 @@ class MaskedLMTraining(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="second beta of AdamW")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens masked")
-    focus_words: list[str] = Field(
-        [], description="words masked more often than others (salient span masking), so that few steps suffice"
-    )
-    focus_probability: float = Field(0.15, gt=0, lt=1, description="share of focus words masked")
-    seed: Seed = Field(0, description="seed of initialisation, order and masks")
 
 
 class TrainedBaseModel(Section):

@@ -2,10 +2,6 @@
 
 For demonstrations and tests: a model that is good at one small corpus after a minute on a CPU. The model and its
 tokenizer are ordinary ones (`BertForMaskedLM`, WordPiece), so that everything else treats them like any other model.
-
-A model this small would need many times longer to learn which pronoun goes with which noun if pronouns were masked as
-rarely as all other words, so chosen words can be masked more often: the salient span masking of REALM (Guu et al.,
-2020, section 3.4).
 """
 
 import logging
@@ -82,15 +78,12 @@ def train_masked_lm(
     model_config: Mapping[str, Any],
     training_arguments: Mapping[str, Any],
     mlm_probability: float = 0.15,
-    focus_words: Sequence[str] = (),
-    focus_probability: float = 0.15,
 ) -> BertForMaskedLM:
     """Train a BERT of `model_config` (the fields of `BertConfig`) on `texts`; returns it in evaluation mode.
 
     `training_arguments` are fields of `transformers.TrainingArguments`; its `seed` (default 0) fixes the initial
-    weights, the order of the texts and the masks. Tokens are masked with `mlm_probability`, those of `focus_words` with
-    `focus_probability`; of the masked ones 80 % become [MASK], 10 % a random token and 10 % stay (Devlin et al.,
-    2019). Nothing is kept on disk. Raises `GradiendError` when a focus word is not one token of the vocabulary.
+    weights, the order of the texts and the masks. Every token is masked with `mlm_probability`; of
+    the masked ones 80 % become [MASK], 10 % a random token and 10 % stay (Devlin et al., 2019). Nothing is kept on disk.
     """
     seed = int(training_arguments.get("seed", 0))
     # The trainer seeds the global generators; the caller gets its own state back.
@@ -98,7 +91,7 @@ def train_masked_lm(
         torch.manual_seed(seed)
         config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **model_config)
         model = BertForMaskedLM(config)
-        probabilities = _mask_probabilities(tokenizer, mlm_probability, focus_words, focus_probability)
+        probabilities = _mask_probabilities(tokenizer, mlm_probability)
         trainer = _MaskedTrainer(
             model=model,
             args=_arguments(training_arguments, folder),
@@ -153,7 +146,7 @@ def masked_token_accuracy(
 
     NaN when no token was drawn. The draw depends on `seed`, `texts` and the tokenizer, not on the model.
     """
-    probabilities = _mask_probabilities(tokenizer, 0.15, (), 0.0)
+    probabilities = _mask_probabilities(tokenizer, 0.15)
     generator = torch.Generator().manual_seed(seed)
     rows = _Encoded(tokenizer, texts).ids
     right = total = 0
@@ -189,20 +182,10 @@ def _arguments(training_arguments: Mapping[str, Any], folder: str) -> TrainingAr
     return TrainingArguments(**(quiet | dict(training_arguments)))
 
 
-def _mask_probabilities(
-    tokenizer: PreTrainedTokenizerFast, mlm_probability: float, focus_words: Sequence[str], focus_probability: float
-) -> torch.Tensor:
+def _mask_probabilities(tokenizer: PreTrainedTokenizerFast, mlm_probability: float) -> torch.Tensor:
     """The probability (vocabulary size,) with which each token is masked; 0 for special tokens."""
     probabilities = torch.full((len(tokenizer),), float(mlm_probability))
     probabilities[tokenizer.all_special_ids] = 0.0
-    for word in focus_words:
-        pieces = tokenizer.tokenize(word)
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token:
-            raise GradiendError(
-                f"focus_words: {word!r} is {len(pieces)} tokens ({' '.join(pieces)}), not one known token. "
-                "Use words that are frequent in the corpus, or a larger vocab_size."
-            )
-        probabilities[tokenizer.convert_tokens_to_ids(pieces[0])] = focus_probability
     return probabilities
 
 

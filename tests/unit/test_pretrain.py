@@ -66,23 +66,17 @@ def test_training_repeats_itself_and_follows_the_seed(tokenizer: PreTrainedToken
     assert not torch.equal(first, _weights(tokenizer, seed=1))
 
 
-def test_training_lowers_the_loss_of_the_focus_words(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_teaches_the_words_of_the_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     model = train_masked_lm(
         TEXTS,
         tokenizer,
         model_config=MODEL
         | {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         training_arguments=TRAINING | {"max_steps": 300, "learning_rate": 1e-2},
-        focus_words=["he", "she", "they"],
-        focus_probability=0.7,
+        mlm_probability=0.3,
     )
     accuracy = masked_word_accuracy(model, tokenizer, TEXTS, ["he", "she", "they"])
     assert accuracy["overall"] == {"accuracy": 1.0, "n": 12}
-
-
-def test_focus_word_must_be_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(GradiendError, match="focus_words: 'wanted'"):
-        train_masked_lm(TEXTS, tokenizer, model_config=MODEL, training_arguments=TRAINING, focus_words=["wanted"])
 
 
 class _Always(torch.nn.Module):
