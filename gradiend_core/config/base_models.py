@@ -33,6 +33,7 @@ class MaskedLMTraining(Section):
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="second beta of AdamW")
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens masked")
+    seed: Seed = Field(0, description="seed of initialisation, order and masks")
 
 
 class TrainedBaseModel(Section):

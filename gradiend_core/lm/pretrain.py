@@ -82,8 +82,9 @@ def train_masked_lm(
     """Train a BERT of `model_config` (the fields of `BertConfig`) on `texts`; returns it in evaluation mode.
 
     `training_arguments` are fields of `transformers.TrainingArguments`; its `seed` (default 0) fixes the initial
-    weights, the order of the texts and the masks. Every token is masked with `mlm_probability`; of
-    the masked ones 80 % become [MASK], 10 % a random token and 10 % stay (Devlin et al., 2019). Nothing is kept on disk.
+    weights, the order of the texts and the masks. Every token is masked with probability
+    `mlm_probability`; of the masked ones 80 % become [MASK], 10 % a random token and 10 % stay (Devlin et al., 2019).
+    Nothing is kept on disk.
     """
     seed = int(training_arguments.get("seed", 0))
     # The trainer seeds the global generators; the caller gets its own state back.

@@ -72,8 +72,8 @@ def test_training_teaches_the_words_of_the_texts(tokenizer: PreTrainedTokenizerF
         tokenizer,
         model_config=MODEL
         | {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        training_arguments=TRAINING | {"max_steps": 300, "learning_rate": 1e-2},
-        mlm_probability=0.3,
+        training_arguments=TRAINING | {"max_steps": 400, "learning_rate": 1e-2},
+        mlm_probability=0.4,
     )
     accuracy = masked_word_accuracy(model, tokenizer, TEXTS, ["he", "she", "they"])
     assert accuracy["overall"] == {"accuracy": 1.0, "n": 12}
