@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gradiend_core.config.section import Name, Section
+from gradiend_core.config.section import Name, Section, Seed
 
 
 class BertShape(Section):
