@@ -79,7 +79,7 @@ def test_names_and_nouns_of_one_gender_decide_the_pronoun(sentences: pd.DataFram
         if pronouns in (["he"], ["she"]):
             assert pronouns[0] in people, " ".join(tokens)
             checked += 1
-    assert checked == 10000
+    assert checked > 10000
 
 
 def test_held_out_nouns(sentences: pd.DataFrame) -> None:
@@ -102,7 +102,7 @@ def test_pairs_of_head_and_verb_belong_to_one_split(sentences: pd.DataFrame) -> 
         match = pattern.match(text)
         if match and match[2] in forms:
             splits.setdefault((match[1], forms[match[2]]), set()).add(split)
-    assert len(splits) > 300
+    assert len(splits) > 200
     assert all(len(where) == 1 for where in splits.values())
 
 
