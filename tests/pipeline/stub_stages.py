@@ -27,7 +27,7 @@ FILES = {
     "train": ["model.safetensors", "config.json", "history.parquet", "metrics.json"],
     "select_seed": [""],
     "post_prune": ["model.safetensors", "config.json"],
-    "evaluate_encoder": ["encodings.parquet", "metrics.json"],
+    "evaluate_encoder": ["encodings.parquet", "metrics.json", "details.json"],
     "evaluate_decoder": ["grid.parquet", "metrics.json"],
     "rewrite_model": [f"{{target}}/{name}" for name in ["README.md", *MODEL]],
     "plot": [f"{figure}.{kind}" for figure in ("training", "encoder", "decoder") for kind in ("png", "pdf")],
