@@ -107,7 +107,8 @@ def test_output_that_was_not_written_leaves_everything_as_it_was() -> None:
     assert tree() == before
 
 
-def test_manifest_says_what_made_the_outputs() -> None:
+def test_manifest_says_what_made_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     Path("folder/deep").mkdir(parents=True)
     Path("folder/deep/x").write_text("x")
     Path("folder/.partial-1-x").write_text("of another job")
@@ -119,6 +120,7 @@ def test_manifest_says_what_made_the_outputs() -> None:
     assert manifest == {
         "stage": "demo",
         "params": {"k": None, "l": [1]},
+        "threads": "3",
         "inputs": {
             "folder/deep/x": hashlib.sha256(b"x").hexdigest(),
             "in.txt": hashlib.sha256(b"in").hexdigest(),
