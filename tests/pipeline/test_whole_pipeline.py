@@ -140,14 +140,12 @@ def test_metrics_plots_and_reports_are_shown(finished: tuple[Project, Project]) 
 def test_the_commands_and_snippets_of_the_pages_work(finished: tuple[Project, Project]) -> None:
     project = finished[0]
     for page in ("README.md", "docs/engines.md", "docs/files.md"):
-        text = (ROOT / page).read_text()
-        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL):
-            for command in (shlex.split(line, comments=True) for line in block.splitlines()):
-                if command and command[0] in {"snakemake", "dvc"}:
-                    project.run(*command)
-        for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-            program = snippet.replace("pronoun_number", "gender").replace("3PL", "feminine")
-            project.run("python", "-c", program)
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+            if language == "python":
+                project.run("python", "-c", block.replace("pronoun_number", "gender").replace("3PL", "feminine"))
+            for line in block.splitlines():
+                if language in {"", "bash"} and line.startswith(("snakemake ", "dvc ")):
+                    project.run(*shlex.split(line, comments=True))
 
 
 def test_a_changed_value_runs_what_it_affects_and_changing_it_back_restores(finished: tuple[Project, Project]) -> None:
