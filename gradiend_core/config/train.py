@@ -17,7 +17,7 @@ class Train(Section):
     scaling: Literal["scale_free", "reference"] = Field(
         "scale_free",
         description="scale_free: gradients divided by their root mean square, summed loss, one rate for every size;"
-        " reference: raw gradients, element-mean loss (semantics, BUG-05)",
+        " reference: raw gradients, element-mean loss (docs/reference.md, BUG-05)",
     )
     latent_dim: Literal[1] = Field(1, description="encoder units")
     activation_encoder: Literal["tanh", "smht", "id"] = Field("tanh", description="encoder non-linearity")
