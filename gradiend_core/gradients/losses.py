@@ -1,6 +1,8 @@
 """The scalars whose gradients are studied: per-example losses of the base model's own cross-entropy (semantics 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +13,14 @@ from gradiend_core.gradients.objectives import Example, pad
 
 
 def slot_logits(model: PreTrainedModel, examples: Sequence[Example]) -> list[Tensor]:
-    """For each example the logits at its masked positions [positions, vocabulary], from one forward pass."""
-    input_ids, attention_mask = pad(examples, int(model.config.pad_token_id or 0))
-    logits = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)).logits
-    return [logits[row, list(example.positions)] for row, example in enumerate(examples)]
+    """For each example the logits at its scored positions [positions, vocabulary], from one forward pass."""
+    logits = _logits(model, examples)
+    return [logits[row, : len(example.positions)] for row, example in enumerate(examples)]
 
 
 def example_losses(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """Cross-entropy of each example [N], the mean over its masked positions."""
-    losses = [
-        F.cross_entropy(logits, torch.tensor(example.labels, device=logits.device))
-        for logits, example in zip(slot_logits(model, examples), examples, strict=True)
-    ]
-    return torch.stack(losses)
+    """Cross-entropy of each example [N], the mean over its scored positions."""
+    return _cross_entropies(_logits(model, examples), examples)
 
 
 def paired_losses(
@@ -34,16 +31,64 @@ def paired_losses(
     The difference is taken between logits, where the common normaliser cancels exactly: its gradient is
     onehot(alternative) - onehot(factual), without the rounding of a subtraction of two gradients.
     """
-    losses, differences = [], []
-    for logits, plus, minus in zip(slot_logits(model, factual), factual, alternative, strict=True):
-        labels = torch.tensor(minus.labels, device=logits.device)
-        losses.append(F.cross_entropy(logits, labels))
-        known = torch.tensor(plus.labels, device=logits.device)
-        positions = torch.arange(len(labels), device=logits.device)
-        differences.append((logits[positions, labels] - logits[positions, known]).mean())
-    return torch.stack(losses), torch.stack(differences)
+    logits = _logits(model, factual)
+    known, share = _labels(factual, logits.device)
+    other, _ = _labels(alternative, logits.device)
+    taken = [logits.gather(2, labels[:, :, None]).squeeze(2) for labels in (other, known)]
+    return _cross_entropies(logits, alternative), (share * (taken[0] - taken[1])).sum(1)
 
 
 def share_input(factual: Example, alternative: Example) -> bool:
     """Whether two examples differ only in their labels, so that one forward pass serves both."""
     return factual.input_ids == alternative.input_ids and factual.positions == alternative.positions
+
+
+def _logits(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """Logits at the scored positions [N, L, vocabulary] in float32; shorter examples repeat their first position."""
+    input_ids, attention_mask = (part.to(model.device) for part in pad(examples, int(model.config.pad_token_id or 0)))
+    most = max(len(example.positions) for example in examples)
+    positions = torch.tensor(
+        [[*example.positions, *example.positions[:1] * (most - len(example.positions))] for example in examples]
+    )
+    with _head_at(model, positions):
+        logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits.float()
+
+
+@contextmanager
+def _head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Let the model's head see, of every example, only the hidden states at its positions [N, L].
+
+    The head acts on every position alone, and is the dearest part of a small model: its vocabulary is large.
+    """
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0]
+        chosen = hidden[torch.arange(len(positions), device=hidden.device)[:, None], positions.to(hidden.device)]
+        if isinstance(output, tuple):
+            return (chosen, *output[1:])
+        output.last_hidden_state = chosen
+        return output
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _cross_entropies(logits: Tensor, examples: Sequence[Example]) -> Tensor:
+    labels, share = _labels(examples, logits.device)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return (share * losses.view_as(share)).sum(1)
+
+
+def _labels(examples: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Labels [N, L] and the share of each in its example's mean [N, L]: zero where an example has fewer positions."""
+    most = max(len(example.labels) for example in examples)
+    labels = torch.zeros(len(examples), most, dtype=torch.int64)
+    share = torch.zeros(len(examples), most)
+    for row, example in enumerate(examples):
+        labels[row, : len(example.labels)] = torch.tensor(example.labels)
+        share[row, : len(example.labels)] = 1 / len(example.labels)
+    return labels.to(device), share.to(device)

@@ -1,16 +1,18 @@
 """Collected rows against double precision, one example at a time, and the self-check that guards them."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gradiend_core.errors import GradiendError
-from gradiend_core.gradients.collector import GradientCollector, Rows, find_targets, loop_rows
+from gradiend_core.gradients.collector import GradientCollector, Rows, find_sites, loop_rows
 from gradiend_core.gradients.losses import share_input
 from gradiend_core.gradients.objectives import Example, pad
 from gradiend_core.gradients.selection import Selection, backbone_parameters
+from gradiend_core.gradients.taps import Sites
 from gradiend_core.gradients.verify import TOLERANCE, verify_rows
 from tests.unit.tiny import build, everything, exact_rows, pairs, relative_error, some
 
@@ -33,7 +35,7 @@ def test_rows_equal_a_double_precision_loop(kind: str) -> None:
     assert {share_input(one, other) for one, other in zip(plus, minus, strict=True)} == {True, False}
     for selection in (everything(model), some(model)):
         collector = GradientCollector(model, selection)
-        assert not collector._one_by_one
+        assert not collector.one_by_one
         rows = collector.rows(plus, minus)
         assert rows.alternative.dtype == rows.diff.dtype == torch.float32
         assert_exact(rows, model, selection, plus, minus)
@@ -77,13 +79,13 @@ def test_tied_embeddings_appear_once_and_receive_both_contributions() -> None:
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     selection = Selection.everything(backbone_parameters(model, [name]))
     collector = GradientCollector(model, selection)
-    kinds = sorted(type(module).__name__ for module, _ in collector._targets)
-    assert kinds == ["Embedding", "Linear"]
     assert_exact(collector.rows(plus, minus), model, selection, plus, minus)
     exact = exact_rows(model, selection, minus)
-    both = collector._targets
-    for missing in (0, 1):
-        collector._targets = [both[1 - missing]]
+    whole = collector._sites
+    embedding_only, head_only = Sites(embeddings=whole.embeddings), Sites(modules=whole.modules)
+    assert len(whole.embeddings) == len(whole.modules) == 1
+    for part in (embedding_only, head_only):
+        collector._sites = part
         assert relative_error(collector.rows(plus, minus).alternative, exact) > 1e-2
 
 
@@ -98,6 +100,13 @@ def test_parameters_stay_frozen_and_carry_no_gradient() -> None:
     assert not rows.alternative.requires_grad
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def assert_exact_in_batches(model: Any, plus: list[Example], minus: list[Example]) -> None:
+    collector = GradientCollector(model, everything(model))
+    rows = collector.rows(plus, minus)
+    assert not collector.one_by_one
+    assert_exact(rows, model, everything(model), plus, minus)
 
 
 class ScaledLinear(nn.Linear):
@@ -136,18 +145,12 @@ def retype(linear: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
     return made
 
 
-def test_module_with_its_own_forward_falls_back_to_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+def test_module_with_its_own_forward_is_differentiated_as_it_is() -> None:
     model, tokenizer = build("bert")
     plus, minus = pairs(tokenizer)
     layer = model.bert.encoder.layer[0].intermediate
     layer.dense = retype(layer.dense, ScaledLinear)
-    with caplog.at_level(logging.INFO):
-        collector = GradientCollector(model, everything(model))
-        rows = [collector.rows(plus, minus) for _ in range(2)]
-    assert [record.message for record in caplog.records] == [
-        "no batched rule for bert.encoder.layer.0.intermediate.dense: one example at a time"
-    ]
-    assert_exact(rows[1], model, everything(model), plus, minus)
+    assert_exact_in_batches(model, plus, minus)
 
 
 def test_subclass_with_an_inherited_forward_keeps_the_rule() -> None:
@@ -156,26 +159,60 @@ def test_subclass_with_an_inherited_forward_keeps_the_rule() -> None:
     layer = model.bert.encoder.layer[0].intermediate
     layer.dense = retype(layer.dense, PlainSubclass)
     collector = GradientCollector(model, everything(model))
-    assert not collector._one_by_one
+    assert not collector.one_by_one
     assert_exact(collector.rows(plus, minus), model, everything(model), plus, minus)
 
 
-def test_parameter_outside_any_known_module_falls_back_to_the_loop() -> None:
+def test_parameter_of_an_unknown_module_is_differentiated_as_it_is() -> None:
     model, tokenizer = build("bert")
     plus, minus = pairs(tokenizer)
     model.bert.embeddings.dropout = Gate(16)
+    assert_exact_in_batches(model, plus, minus)
+
+
+def test_output_changed_in_place_is_no_obstacle() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.ReLU(inplace=True)
+    assert_exact_in_batches(model, plus, minus)
+
+
+def test_parameter_of_a_module_with_children_falls_back_to_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    model.bert.embeddings.dropout = nn.Sequential(Gate(16))
+    model.bert.embeddings.dropout.gate = model.bert.embeddings.dropout[0].gate
+    with caplog.at_level(logging.INFO):
+        collector = GradientCollector(model, everything(model))
+        rows = [collector.rows(plus, minus) for _ in range(2)]
+    assert caplog.messages == ["no rule for the parameters of bert.embeddings.dropout: one example at a time"]
+    assert_exact(rows[1], model, everything(model), plus, minus)
+
+
+class DataDependent(Gate):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.gate if bool(hidden.sum() > 0) else 2 * hidden * self.gate
+
+
+def test_module_that_looks_at_its_data_falls_back_to_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    model.bert.encoder.layer[0].output.dropout = DataDependent(16)
     collector = GradientCollector(model, everything(model))
-    assert collector._one_by_one
-    assert_exact(collector.rows(plus, minus), model, everything(model), plus, minus)
+    with caplog.at_level(logging.INFO):
+        rows = [collector.rows(plus, minus) for _ in range(2)]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("no gradient by example of a DataDependent")
+    assert_exact(rows[1], model, everything(model), plus, minus)
 
 
 def test_module_without_kept_entries_needs_no_rule() -> None:
     model, _ = build("bert")
     model.bert.embeddings.dropout = Gate(16)
     selection = Selection.everything(backbone_parameters(model, ["*.query.weight"]))
-    targets, without_rule = find_targets(model, selection)
-    assert len(targets) == 2
-    assert without_rule == []
+    sites = find_sites(model, selection)
+    assert len(sites.modules) == 2
+    assert not sites.without_rule
 
 
 def test_output_shared_by_the_batch_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
@@ -237,10 +274,10 @@ def test_self_check_passes_correct_rows_with_a_wide_margin() -> None:
     plus, minus = pairs(tokenizer)
     selection = some(model)
     error = verify_rows(model, selection, GradientCollector(model, selection).rows(plus, minus), plus, minus)
-    assert 0 < error <= 2e-6 < TOLERANCE
+    assert 0 < error <= 2e-6 < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("damage", ["swapped", "scaled diff", "scaled last", "nan"])
+@pytest.mark.parametrize("damage", ["swapped", "scaled diff", "scaled last", "scaled middle", "one tensor", "nan"])
 def test_self_check_refuses_wrong_rows(damage: str) -> None:
     model, tokenizer = build("bert")
     plus, minus = pairs(tokenizer)
@@ -252,6 +289,11 @@ def test_self_check_refuses_wrong_rows(damage: str) -> None:
         rows.diff[0] *= 1.001
     elif damage == "scaled last":
         rows.alternative[-1] *= 1.001
+    elif damage == "scaled middle":
+        rows.alternative[2] *= 1.01
+    elif damage == "one tensor":
+        names = zip(selection.names, torch.split(rows.diff, selection.sizes, dim=1), strict=True)
+        next(part for name, part in names if name.endswith("output.LayerNorm.bias")).mul_(1.01)
     else:
         rows.diff[0, 0] = torch.nan
     with pytest.raises(GradiendError, match="self-check failed"):
