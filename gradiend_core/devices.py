@@ -1,11 +1,30 @@
 """Where to compute, and how reproducibly."""
 
+from pathlib import Path
+from typing import Literal
+
 import torch
+
+# A model that takes more of a GPU's free memory than this leaves no room for activations and rows.
+_SHARE_OF_MEMORY = 0.6
 
 
 def pick_device() -> torch.device:
     """The first CUDA device when there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place_model(weights: Path) -> torch.device | Literal["auto"]:
+    """Where a model with this weights file goes: the usual device, or "auto" when it is too large for the first GPU.
+
+    The file's size is taken for the model's.
+    """
+    device = pick_device()
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        free, _ = torch.cuda.mem_get_info(device)
+        if weights.stat().st_size > _SHARE_OF_MEMORY * free:
+            return "auto"
+    return device
 
 
 def describe_device(device: torch.device) -> str:

@@ -1,22 +1,25 @@
 """Second moments of per-example gradients, without a per-example gradient of the whole model."""
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gradiend_core.gradients.labels import Source
 from gradiend_core.gradients.losses import example_losses, paired_losses, share_input
-from gradiend_core.gradients.objectives import Example
+from gradiend_core.gradients.objectives import Example, padded_length
 from gradiend_core.gradients.rules import NotSeparatedError, Rule, Use
 from gradiend_core.gradients.taps import Sites, Taps
 from gradiend_core.progress import track
 
 # Entries of per-example gradients held at a time: at least one example's gradient of the largest tensor.
 _CHUNK = 2**24
+
+logger = logging.getLogger(__name__)
 
 Calls = list[tuple[type[Rule], Use, Tensor, Tensor]]
 
@@ -27,7 +30,7 @@ def second_moment(
     factual: Sequence[Example],
     alternative: Sequence[Example],
     *,
-    source: Literal["factual", "alternative", "diff"],
+    source: Source,
     batch_size: int,
 ) -> Tensor:
     """Mean over N examples of the squared gradient of `source`, for all entries of `parameters` [n], on the CPU.
@@ -36,23 +39,23 @@ def second_moment(
     result, the gradient of one example for the largest tensor, and twice the activations of a batch.
     """
     model.requires_grad_(False)
-    totals = [torch.zeros(p.numel(), device=p.device) for p in parameters.values()]
+    sizes = [p.numel() for p in parameters.values()]
+    moments = torch.zeros(sum(sizes), device=model.device)
+    totals = torch.split(moments, sizes)  # views, filled tensor by tensor
+    chunks = [slice(start, start + batch_size) for start in range(0, len(factual), batch_size)]
     sites = Sites.find(model, {p: i for i, p in enumerate(parameters.values())})
-    separated = not sites.without_rule
-    for start in track(range(0, len(factual), batch_size), "second moments"):
-        chunk = slice(start, start + batch_size)
-        pairs = factual[chunk], alternative[chunk]
-        if separated:
-            try:
-                calls = _calls(model, sites, *pairs, source)
-            except NotSeparatedError:
-                separated = False
-        if separated:
-            for tensor, total in enumerate(totals):
-                total += _sum_of_squares(list(parameters.values())[tensor].shape, calls[tensor], len(pairs[0]))
-        else:
-            _add_one_by_one(totals, model, list(parameters.values()), *pairs, source)
-    return torch.cat([total.cpu() / len(factual) for total in totals])
+    try:
+        if sites.without_rule:
+            raise NotSeparatedError(f"no rule for the parameters of {', '.join(sites.without_rule)}")
+        for chunk in track(chunks, "second moments"):
+            _add_batch(totals, model, sites, list(parameters.values()), factual[chunk], alternative[chunk], source)
+    except NotSeparatedError as reason:
+        logger.info("%s: one example at a time", reason)
+        moments.zero_()
+        pairs = list(zip(factual, alternative, strict=True))
+        for plus, minus in track(pairs, "second moments"):
+            _add_one(totals, model, list(parameters.values()), plus, minus, source)
+    return moments.div_(len(factual)).cpu()
 
 
 def _losses(model: PreTrainedModel, factual: Sequence[Example], alternative: Sequence[Example], source: str) -> Tensor:
@@ -66,15 +69,23 @@ def _losses(model: PreTrainedModel, factual: Sequence[Example], alternative: Seq
     return example_losses(model, factual) - example_losses(model, alternative)
 
 
-def _calls(
-    model: PreTrainedModel, sites: Sites, factual: Sequence[Example], alternative: Sequence[Example], source: str
-) -> dict[int, Calls]:
-    """For each tensor every call that uses it, with the input and the output gradient of the whole batch."""
-    found: dict[int, Calls] = defaultdict(list)
-    with Taps(sites, len(factual)) as taps, torch.enable_grad():
+def _add_batch(
+    totals: Sequence[Tensor],
+    model: PreTrainedModel,
+    sites: Sites,
+    parameters: list[nn.Parameter],
+    factual: Sequence[Example],
+    alternative: Sequence[Example],
+    source: str,
+) -> None:
+    calls: dict[int, Calls] = defaultdict(list)
+    widths = {padded_length(factual), padded_length(alternative)}
+    with Taps(sites, len(factual), widths) as taps, torch.enable_grad():
         loss = _losses(model, factual, alternative, source).sum()
-        taps.backward(loss, lambda tensor, *call: found[tensor].append(call), again=False)
-    return found
+        taps.backward(loss, lambda tensor, *call: calls[tensor].append(call), again=False)
+    with torch.no_grad():
+        for tensor, (total, parameter) in enumerate(zip(totals, parameters, strict=True)):
+            total += _sum_of_squares(parameter.shape, calls[tensor], len(factual)).to(total.device)
 
 
 def _sum_of_squares(shape: tuple[int, ...], calls: Calls, n: int) -> Tensor:
@@ -92,21 +103,20 @@ def _sum_of_squares(shape: tuple[int, ...], calls: Calls, n: int) -> Tensor:
     return total
 
 
-def _add_one_by_one(
-    totals: list[Tensor],
+def _add_one(
+    totals: Sequence[Tensor],
     model: PreTrainedModel,
     parameters: list[nn.Parameter],
-    factual: Sequence[Example],
-    alternative: Sequence[Example],
+    factual: Example,
+    alternative: Example,
     source: str,
 ) -> None:
     for p in parameters:
         p.requires_grad_(True)
     try:
-        for plus, minus in zip(factual, alternative, strict=True):
-            loss = _losses(model, [plus], [minus], source).sum()
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                total += gradient.flatten().float().square()
+        loss = _losses(model, [factual], [alternative], source).sum()
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient.flatten().float().square().to(total.device)
     finally:
         model.requires_grad_(False)

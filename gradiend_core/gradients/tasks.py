@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
-from gradiend_core.gradients.importance import class_label
+from gradiend_core.gradients.labels import class_label
 from gradiend_core.gradients.objectives import encode_unchecked, is_known
 from gradiend_core.gradients.store import INDEX, TRAINING
 

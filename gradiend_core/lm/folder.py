@@ -1,7 +1,7 @@
 """Base-model folders: what is in one, loading it, and saving one."""
 
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import nn
@@ -9,25 +9,35 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 from gradiend_core.errors import GradiendError
 
-MODEL_FILES: Final = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WEIGHTS_FILE: Final = "model.safetensors"
+MODEL_FILES: Final = ("config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
 METRICS_FILE: Final = "metrics.json"
 
 
 def load_masked_lm(
-    folder: Path | str, *, revision: str | None = None, device: torch.device | None = None
+    folder: Path | str,
+    *,
+    revision: str | None = None,
+    device: torch.device | Literal["auto"] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A masked language model in evaluation mode (no dropout, float32) and its fast tokenizer.
+    """A masked language model in evaluation mode (no dropout) and its fast tokenizer.
 
     Args:
         folder: a local folder, or a hub id together with its `revision`.
-        device: where the model goes; the CPU by default.
+        device: where the model goes; the CPU by default; "auto" spreads it over all GPUs (transformers' device_map).
+        dtype: number format of the weights.
 
     Raises:
         GradiendError: missing, damaged or incomplete weights; no fast tokenizer; no mask token.
     """
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
-            folder, revision=revision, dtype=torch.float32, output_loading_info=True
+            folder,
+            revision=revision,
+            dtype=dtype,
+            device_map="auto" if device == "auto" else None,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
@@ -47,6 +57,14 @@ def load_masked_lm(
         raise GradiendError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}"
         )
+    if device == "auto":
+        places = getattr(model, "hf_device_map", {"": model.device})  # no map is made for one place
+        if {str(place) for place in places.values()} & {"cpu", "disk"}:
+            raise GradiendError(
+                f"{folder}: the model does not fit on the GPUs of this machine. Use more or larger ones, or set"
+                " base_model_dtype: bfloat16 for its run."
+            )
+        return model.eval(), tokenizer
     # As a module: the method of transformers adds checks for quantised models, whose types it does not declare.
     return nn.Module.to(model.eval(), device or torch.device("cpu")), tokenizer
 

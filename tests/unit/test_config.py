@@ -8,6 +8,7 @@ import yaml
 
 from gradiend_core.config.corpora import TextCorpus
 from gradiend_core.config.params import Params, validate_params
+from gradiend_core.config.pre_prune import PrePrune
 from gradiend_core.config.reference import parameter_reference
 from gradiend_core.config.section import read_params, read_section, read_value
 from gradiend_core.config.train import Train
@@ -97,6 +98,10 @@ def test_run_named_like_a_section_does_not_confuse_the_hint(params: dict[str, An
         ("evaluate_decoder", "feature_factors", [float("inf")], "finite number, not inf"),
         ("evaluate_decoder", "lrs", [], "at least 1 item"),
         ("cache_gradients", "dtype", "float16", "'float32' or 'bfloat16', not 'float16'"),
+        ("pre_prune", "params", [], "at least 1 item"),
+        ("pre_prune", "threshold", -0.1, "greater than or equal to 0, not -0.1"),
+        ("pre_prune", "threshold", float("inf"), "finite number, not inf"),
+        ("pre_prune", "statistic", "aligned", "'aligned_mean', 'rms' or 'mean', not 'aligned'"),
         ("post_prune", "topk", 1.5, "integer >= 1 (a count) or number > 0 and <= 1 (a fraction), not 1.5"),
         ("post_prune", "topk", 0, "(a fraction), not 0"),
         ("post_prune", "topk", "1e-2", "'1e-2' was read as text"),
@@ -116,6 +121,31 @@ def test_count_fraction_and_null_are_kept_apart(params: dict[str, Any], topk: fl
     params["runs"]["pronoun_number"]["post_prune"] = {"topk": topk}
     kept = validate_params(params, "params.yaml").runs["pronoun_number"].post_prune.topk
     assert (kept, type(kept)) == (topk, type(topk))
+
+
+def test_aligned_mean_needs_two_rows(params: dict[str, Any]) -> None:
+    params["runs"]["pronoun_number"]["pre_prune"] = {"n_samples": 1}
+    place = "params.yaml: runs.pronoun_number.pre_prune"
+    says = "statistic aligned_mean compares two classes: n_samples must be at least 2, or use rms"
+    assert problems(params) == [f"{place}: {says}"]
+    for statistic in ("rms", "mean"):
+        params["runs"]["pronoun_number"]["pre_prune"]["statistic"] = statistic
+        validate_params(params, "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "everything"),
+    [
+        ({"topk": None}, True),
+        ({"topk": 1.0}, True),
+        ({"topk": 1}, False),  # one entry
+        ({"topk": None, "threshold": 0.1}, False),
+        ({"topk": 1.0, "threshold": 0.1}, False),
+        ({}, False),
+    ],
+)
+def test_whether_pre_pruning_can_leave_anything_out(section: dict[str, Any], everything: bool) -> None:
+    assert PrePrune.model_validate(section).keeps_everything is everything
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from gradiend_core.evaluation.encoder import encoder_metrics
 from gradiend_core.evaluation.scoring import ClassScorer
 from gradiend_core.evaluation.tables import BASE_ID
 from gradiend_core.gradients.collector import GradientCollector, Rows
-from gradiend_core.gradients.importance import class_label, mean_gradient
+from gradiend_core.gradients.importance import mean_gradient
+from gradiend_core.gradients.labels import class_label
 from gradiend_core.gradients.objectives import Example, encode
 from gradiend_core.gradients.selection import Selection, backbone_parameters, top_k
 from gradiend_core.model.gradiend import GradiendModel, Part
