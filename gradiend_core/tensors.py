@@ -2,9 +2,10 @@
 
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,9 @@ from gradiend_core.files import damaged
 # The order of several metadata keys is random per process, so everything goes under one key.
 METADATA_KEY = "gradiend"
 
+# What safetensors calls the dtypes that `layout` may meet.
+_DTYPE_NAMES: Final = {torch.int64: "I64", torch.float32: "F32", torch.bfloat16: "BF16"}
+
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors (moved to the CPU, made contiguous) and a JSON-able `metadata` with byte-stable output.
@@ -24,11 +28,37 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     try:
-        save_file(plain, path, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)})
+        save_file(plain, path, metadata=_document(metadata))
     except SafetensorError as error:
         if "I/O error" not in str(error):
             raise
         raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def layout(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of the file that `save_tensors` would write, and where each tensor's bytes start in it.
+
+    For files written piece by piece; of the tensors only dtype and shape count, so they may be on the meta device.
+    The returned names are in file order: wide dtypes first, equal ones by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": _document(metadata)}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
+        dtype = _DTYPE_NAMES[tensor.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    first = len(header).to_bytes(8, "little") + header
+    return first, {name: len(first) + entries[name]["data_offsets"][0] for name in entries if name in tensors}
+
+
+def consecutive(positions: torch.Tensor) -> Iterator[slice]:
+    """The longest slices of `positions` [m] (int64) in which each is the one before plus one, in order."""
+    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
+    for start, stop in pairwise([0, *breaks.tolist(), len(positions)]):
+        if start < stop:
+            yield slice(start, stop)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -55,3 +85,7 @@ def open_tensors(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise damaged(path, f"not readable as safetensors ({error})") from None
+
+
+def _document(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps(metadata, sort_keys=True, allow_nan=False)}

@@ -1,33 +1,39 @@
 """Compute one shard of a run's gradient store: per-example gradients at the selected entries."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from gradiend_core.config.cache_gradients import CacheGradients
 from gradiend_core.config.section import read_section, read_value
 from gradiend_core.data.tables import NEUTRAL, NEUTRAL_FILE, TRAINING, TRAINING_FILE
 from gradiend_core.devices import describe_device, pick_device, use_deterministic_algorithms
+from gradiend_core.files import sha256_file
 from gradiend_core.gradients.collector import GradientCollector
 from gradiend_core.gradients.objectives import Example, encode
 from gradiend_core.gradients.pins import pinned_folder
+from gradiend_core.gradients.plan import rows_per_batch, shard_batches, shard_rows
 from gradiend_core.gradients.selection import Selection
+from gradiend_core.gradients.shard_writer import ShardWriter
 from gradiend_core.gradients.store import INDEX, require_space, shard_files, store_bytes
 from gradiend_core.gradients.store import TRAINING as STORED
 from gradiend_core.gradients.tasks import store_index, usable_neutral
 from gradiend_core.gradients.verify import verify_rows
-from gradiend_core.lm.folder import load_masked_lm, max_tokens
+from gradiend_core.lm.folder import max_tokens
 from gradiend_core.progress import track
 from gradiend_core.tables import read_table, write_table
-from gradiend_core.tensors import load_tensors, read_metadata, save_tensors
-from pipeline.stage import Outputs, stage_parser
+from gradiend_core.tensors import load_tensors, read_metadata
+from pipeline.language_model import load_for_gradients
+from pipeline.stage import Outputs, code_digest, environment, stage_parser
 
 logger = logging.getLogger(__name__)
+
+Blocks = list[list[list[int]]]
 
 
 def main(argv: list[str]) -> None:
@@ -45,26 +51,46 @@ def main(argv: list[str]) -> None:
     selection = Selection.from_tensors(load_tensors(arguments.selection), pinned["mapping"])
     base_model, dataset = (pinned_folder(pinned["pins"][name]) for name in ("base_model", "dataset"))
     inputs = [arguments.selection, *(Path(p["path"]) / name for p in pinned["pins"].values() for name in p["files"])]
+    dtype = getattr(torch, params.dtype)
     with Outputs("cache_gradients", arguments.manifest, params.model_dump(), inputs) as outputs:
-        model, tokenizer = load_masked_lm(base_model, device=pick_device())
+        model, tokenizer = load_for_gradients(base_model, params)
         index, factual, alternative = _examples(
             dataset, pinned["target_classes"], tokenizer, max_tokens(model, tokenizer)
         )
-        rows = _shard_rows(len(index), arguments.shard, num_shards, params.batch_size)
-        dtype = getattr(torch, params.dtype)
-        needed = store_bytes(rows.stop - rows.start, selection.n, dtype)
+        batch_size = rows_per_batch(params.batch_size, selection.n)
+        rows = shard_rows(len(index), arguments.shard, num_shards, batch_size)
+        needed = store_bytes(len(rows), selection.n, dtype)
         logger.info(
             "rows %d to %d of %d, %d entries: %.1f MB", rows.start, rows.stop, len(index), selection.n, needed / 1e6
         )
-        require_space(arguments.output, needed)
-        matrices, error = _compute(model, selection, factual[rows], alternative[rows], params.batch_size)
         tensors, mapping = selection.to_tensors()
-        tensors |= {name: matrix.to(dtype) for name, matrix in matrices.items()}
-        tensor_file, index_file = shard_files(arguments.output, arguments.shard)
         metadata = _metadata(pinned, mapping, arguments.shard, num_shards)
-        save_tensors(outputs.path(tensor_file), tensors, metadata)
-        write_table(outputs.path(index_file), index[rows], INDEX)
-        outputs.record(device=describe_device(pick_device()), shard=arguments.shard, self_check_relative_error=error)
+        tensor_file, index_file = shard_files(arguments.output, arguments.shard)
+        aside = outputs.resumable(tensor_file)
+        require_space(arguments.output, needed - (aside.stat().st_blocks * 512 if aside.exists() else 0))
+        identity = {
+            "params": params.model_dump(),
+            "selection": sha256_file(arguments.selection),
+            "device": describe_device(pick_device()),
+            "code": code_digest(),
+        }
+        writer = outputs.hold(
+            ShardWriter(
+                aside,
+                rows=len(rows),
+                n=selection.n,
+                dtype=dtype,
+                constants=tensors,
+                metadata=metadata,
+                identity=identity | environment(),
+            )
+        )
+        collector = GradientCollector(model, selection)
+        blocks = shard_batches(rows, factual, alternative, batch_size)
+        error = _self_check(collector, blocks, factual, alternative, len(rows) - writer.done)
+        _fill(writer, collector, rows.start, blocks, factual, alternative)
+        write_table(outputs.path(index_file), index[rows.start : rows.stop], INDEX)
+        outputs.record(device=identity["device"], shard=arguments.shard, self_check_relative_error=error)
 
 
 def _examples(
@@ -85,32 +111,40 @@ def _examples(
     return index.assign(n_positions=[len(example.positions) for example in factual]), factual, alternative
 
 
-def _shard_rows(n: int, shard: int, num_shards: int, batch_size: int) -> slice:
-    """The rows of a shard; shards end where batches end, so that a row's batch does not depend on their number."""
-    batches = -(-n // batch_size)
-    start, stop = (min(n, batches * k // num_shards * batch_size) for k in (shard, shard + 1))
-    return slice(start, stop)
+def _self_check(
+    collector: GradientCollector, blocks: Blocks, factual: list[Example], alternative: list[Example], remaining: int
+) -> float:
+    """The error of the first batch, before anything is written; its time tells what the whole will take."""
+    if not blocks:
+        return 0.0
+    batch = blocks[0][0]
+    pairs = [factual[row] for row in batch], [alternative[row] for row in batch]
+    started = time.monotonic()
+    rows = collector.rows(*pairs)
+    seconds = (time.monotonic() - started) / len(batch) * remaining
+    error = verify_rows(collector.model, collector.selection, rows, *pairs)
+    logger.info("self-check: largest relative error %.1e; %d rows will take about %.0f s", error, remaining, seconds)
+    return error
 
 
-def _compute(
-    model: PreTrainedModel,
-    selection: Selection,
+def _fill(
+    writer: ShardWriter,
+    collector: GradientCollector,
+    first: int,
+    blocks: Blocks,
     factual: list[Example],
     alternative: list[Example],
-    batch_size: int,
-) -> tuple[dict[str, Tensor], float]:
-    """Both row matrices [rows, n] and the error found by the self-check of the first batch."""
-    collector = GradientCollector(model, selection)
-    matrices = {name: torch.empty(len(factual), selection.n) for name in ("alternative", "diff")}
-    error = 0.0
-    for start in track(range(0, len(factual), batch_size), "gradient batches"):
-        chunk = slice(start, start + batch_size)
-        rows = collector.rows(factual[chunk], alternative[chunk])
-        if start == 0:
-            error = verify_rows(model, selection, rows, factual[chunk], alternative[chunk])
-            logger.info("self-check: largest relative error %.1e", error)
-        matrices["alternative"][chunk], matrices["diff"][chunk] = rows
-    return matrices, error
+) -> None:
+    """Write the rows that are not there yet; row `first` of the store is the shard's row 0."""
+    end = first + writer.done
+    remaining = [block for block in blocks if min(map(min, block)) >= end]
+    for block in track(remaining, "blocks of rows"):
+        for batch in block:
+            rows = collector.rows([factual[row] for row in batch], [alternative[row] for row in batch])
+            writer.write(torch.tensor(batch) - first, *rows)
+        end += sum(map(len, block))
+        writer.checkpoint(end - first)
+    writer.finish()
 
 
 def _metadata(pinned: dict[str, Any], mapping: dict[str, Any], shard: int, num_shards: int) -> dict[str, Any]:

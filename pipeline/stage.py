@@ -2,16 +2,19 @@
 
 import argparse
 import errno
+import hashlib
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import gradiend_core
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import sha256_file, write_json
 
@@ -32,6 +35,9 @@ def stage_parser(name: str, description: str | None, *, params: bool = True) -> 
     return parser
 
 
+T = TypeVar("T")
+
+
 class Outputs:
     """Files written aside and renamed together once all are complete, with a manifest that says what made them.
 
@@ -44,8 +50,9 @@ class Outputs:
         self._manifest = manifest
         self._asides: dict[Path, Path] = {}
         self._folders: list[Path] = []
+        self._resumable: set[Path] = set()
+        self._held = ExitStack()
         self._facts: dict[str, Any] = {"stage": stage, "params": dict(params)}
-        self._facts["threads"] = os.environ.get("OMP_NUM_THREADS")
         self._facts["inputs"] = {path.as_posix(): sha256_file(path) for path in _files(inputs)}
 
     def path(self, final: Path) -> Path:
@@ -53,6 +60,17 @@ class Outputs:
         aside = _aside(final)
         self._asides[final] = aside
         return aside
+
+    def resumable(self, final: Path) -> Path:
+        """The aside path for a `final` that is continued after an interruption: always the same, and not deleted."""
+        aside = _aside(final, "resume")
+        self._asides[final] = aside
+        self._resumable.add(aside)
+        return aside
+
+    def hold(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is left only after the outputs have been put in place, or the block has failed."""
+        return self._held.enter_context(context)
 
     def folder(self, final: Path, names: Sequence[str]) -> Path:
         """An aside folder for code that writes whole folders; of its files the named ones go to `final`."""
@@ -69,7 +87,9 @@ class Outputs:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._commit()
@@ -79,14 +99,15 @@ class Outputs:
             self._explain(failure)
             raise
         finally:
-            for aside in self._asides.values():
+            for aside in {*self._asides.values()} - self._resumable:
                 aside.unlink(missing_ok=True)
             for folder in self._folders:
                 shutil.rmtree(folder, ignore_errors=True)
+            self._held.__exit__(kind, error, traceback)
 
     def _commit(self) -> None:
         outputs = {final.as_posix(): sha256_file(aside) for final, aside in self._asides.items()}
-        manifest = self._facts | {"outputs": outputs, "versions": _versions()}
+        manifest = self._facts | environment() | {"outputs": outputs}
         write_json(self.path(self._manifest), manifest)
         for aside in self._asides.values():
             with aside.open("rb") as stream:
@@ -106,20 +127,34 @@ class Outputs:
             raise _unwritable(final, error) from None
 
 
-def _aside(final: Path) -> Path:
+def _aside(final: Path, mark: str | int | None = None) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(final.parent, error) from None
     if not os.access(final.parent, os.W_OK):
         raise GradiendError(f"{final.parent}: folder is not writable. Give yourself write permission on it.")
-    return final.with_name(f".partial-{os.getpid()}-{final.name}")
+    return final.with_name(f".partial-{mark or os.getpid()}-{final.name}")
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
     """The paths, folders replaced by the files in them, sorted."""
     found = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
     return sorted(file for file in found if not any(part.startswith(".partial-") for part in file.parts))
+
+
+def code_digest() -> str:
+    """SHA-256 over the source files of both packages: what an interrupted computation has to have been made by."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(gradiend_core.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{file.relative_to(package.parent).as_posix()} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What the last digits of a result may depend on besides code and inputs: threads and package versions."""
+    return {"threads": os.environ.get("OMP_NUM_THREADS"), "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

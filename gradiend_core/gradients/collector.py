@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradiend_core.gradients.losses import example_losses, paired_losses, share_input
-from gradiend_core.gradients.objectives import Example
+from gradiend_core.gradients.objectives import Example, padded_length
 from gradiend_core.gradients.rules import NotSeparatedError, Rule, Use
 from gradiend_core.gradients.selection import Selection
 from gradiend_core.gradients.taps import Sites, Taps
@@ -34,8 +34,8 @@ class GradientCollector:
     """Computes `Rows` of a base model at a selection, on the model's device; freezes the model's parameters."""
 
     def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
-        self._model = model.requires_grad_(False)
-        self._selection = selection
+        self.model = model.requires_grad_(False)
+        self.selection = selection
         self._sites = find_sites(model, selection)
         self._rules: dict[tuple[int, type[Rule]], Rule] = {}
         starts = torch.tensor([0, *selection.sizes]).cumsum(0).tolist()
@@ -52,7 +52,7 @@ class GradientCollector:
             except NotSeparatedError as reason:
                 _report(str(reason))
                 self.one_by_one = True
-        return loop_rows(self._model, self._selection, factual, alternative)
+        return loop_rows(self.model, self.selection, factual, alternative)
 
     def _batched_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
         shared = [share_input(plus, minus) for plus, minus in zip(factual, alternative, strict=True)]
@@ -68,20 +68,20 @@ class GradientCollector:
         return result
 
     def _shared_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
-        return Rows(*self._gradients(len(factual), lambda: paired_losses(self._model, factual, alternative)))
+        return Rows(*self._gradients(factual, lambda: paired_losses(self.model, factual, alternative)))
 
     def _separate_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
-        (minus,) = self._gradients(len(factual), lambda: (example_losses(self._model, alternative),))
-        (plus,) = self._gradients(len(factual), lambda: (example_losses(self._model, factual),))
+        (minus,) = self._gradients(alternative, lambda: (example_losses(self.model, alternative),))
+        (plus,) = self._gradients(factual, lambda: (example_losses(self.model, factual),))
         return Rows(minus, plus.sub_(minus))
 
-    def _gradients(self, n: int, losses: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
-        """For each loss vector [N] that one forward pass gives: the gradients [N, n] of its entries."""
+    def _gradients(self, examples: Sequence[Example], losses: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+        """For each loss vector [N] that one forward pass of the examples gives: the gradients [N, n] of its entries."""
         results = []
-        with Taps(self._sites, n) as taps, torch.enable_grad():
+        with Taps(self._sites, len(examples), {padded_length(examples)}) as taps, torch.enable_grad():
             values = losses()
             for position, value in enumerate(values):
-                rows = self._zeros(n)
+                rows = self._zeros(len(examples))
                 taps.backward(value.sum(), self._adder(rows), again=position + 1 < len(values))
                 results.append(rows)
         return results
@@ -90,8 +90,8 @@ class GradientCollector:
         def add(tensor: int, rule: type[Rule], use: Use, a: Tensor, d: Tensor) -> None:
             key = (tensor, rule)
             if key not in self._rules:
-                kept = self._selection.kept[tensor]
-                self._rules[key] = rule(self._selection.shapes[tensor], None if kept is None else kept.to(d.device))
+                kept = self.selection.kept[tensor]
+                self._rules[key] = rule(self.selection.shapes[tensor], None if kept is None else kept.to(d.device))
             span = rows[:, self._spans[tensor]]
             if rows.device == d.device:
                 self._rules[key].add(span, use, a, d)
@@ -103,7 +103,7 @@ class GradientCollector:
         return add
 
     def _zeros(self, n: int) -> Tensor:
-        return torch.zeros(n, self._selection.n, device=self._model.device)
+        return torch.zeros(n, self.selection.n, device=self.model.device)
 
 
 def find_sites(model: nn.Module, selection: Selection) -> Sites:

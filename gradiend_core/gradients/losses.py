@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -50,31 +50,44 @@ def _logits(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     positions = torch.tensor(
         [[*example.positions, *example.positions[:1] * (most - len(example.positions))] for example in examples]
     )
-    with _head_at(model, positions):
+    with _head_at(model, positions) as done:
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    return logits.float()
+    return (logits if done else _at(logits, positions)).float()
 
 
 @contextmanager
-def _head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+def _head_at(model: PreTrainedModel, positions: Tensor) -> Iterator[list[nn.Module]]:
     """Let the model's head see, of every example, only the hidden states at its positions [N, L].
 
-    The head acts on every position alone, and is the dearest part of a small model: its vocabulary is large.
+    The head acts on every position alone, and is the dearest part of a small model: its vocabulary is large. The
+    list given holds the module whose output was cut down, once it has been: the backbone, or the decoder in it where
+    the model calls that directly (OPT).
     """
+    done: list[nn.Module] = []
 
-    def keep(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0]
-        chosen = hidden[torch.arange(len(positions), device=hidden.device)[:, None], positions.to(hidden.device)]
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        if done:
+            return output
+        done.append(module)
         if isinstance(output, tuple):
-            return (chosen, *output[1:])
-        output.last_hidden_state = chosen
+            return (_at(output[0], positions), *output[1:])
+        output.last_hidden_state = _at(output.last_hidden_state, positions)
         return output
 
-    handle = model.base_model.register_forward_hook(keep)
+    backbone = model.base_model
+    modules = [backbone, *(getattr(backbone, name) for name in ("decoder",) if hasattr(backbone, name))]
+    handles = [module.register_forward_hook(keep) for module in modules]
     try:
-        yield
+        yield done
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _at(tensor: Tensor, positions: Tensor) -> Tensor:
+    """[N, T, …] at positions [N, L]: [N, L, …]."""
+    rows = torch.arange(len(positions), device=tensor.device)[:, None]
+    return tensor[rows, positions.to(tensor.device)]
 
 
 def _cross_entropies(logits: Tensor, examples: Sequence[Example]) -> Tensor:

@@ -18,10 +18,10 @@ from gradiend_core.errors import GradiendError
 
 
 class Example(NamedTuple):
-    """A tokenised template: the input with masks, the masked positions, and each one's expected token and slot."""
+    """A tokenised template: the input, the positions whose logits are scored, each one's expected token and slot."""
 
     input_ids: tuple[int, ...]
-    positions: tuple[int, ...]
+    positions: tuple[int, ...]  # the masked ones; of a causal model each would be the one before the expected token
     labels: tuple[int, ...]
     slots: tuple[int, ...]  # 0, 1, …: a word may have more tokens in one slot than in another
 
@@ -88,10 +88,14 @@ def fill(template: str, word: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
+def padded_length(examples: Sequence[Example]) -> int:
+    """Tokens of the longest example, to which a batch is padded."""
+    return max(len(example.input_ids) for example in examples)
+
+
 def pad(examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Input ids and attention mask, both [N, T] int64, padded on the right to the longest example."""
-    width = max(len(example.input_ids) for example in examples)
-    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.int64)
+    input_ids = torch.full((len(examples), padded_length(examples)), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, example in enumerate(examples):
         input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)

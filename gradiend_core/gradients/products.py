@@ -13,8 +13,11 @@ _SAMPLED_BELOW = {"cpu": 0.15, "cuda": 0.05}
 # Smaller matrices are done whole: their product fits the processor's cache, and calls cost more than arithmetic.
 _SAMPLED_FROM = 2**16
 
-# Entries of the products held at a time, whatever the batch: this many fit the processor's cache.
+# Entries of whole products held at a time, whatever the batch: on a CPU this many fit the cache.
 _CHUNK = {"cpu": 2**20, "cuda": 2**26}
+
+# Entries sampled in a call: enough to make calls cheap, few enough that the patterns take little memory.
+_SAMPLED_CHUNK = {"cpu": 2**16, "cuda": 2**22}
 
 
 class OuterProduct:
@@ -36,21 +39,18 @@ class OuterProduct:
         left, right = left.to(out.dtype), right.to(out.dtype)
         if self._kept is None:
             matrices = out.view(len(out), self._rows, self._columns)
-            for chunk in self._chunks(out, self._size):
+            for chunk in _chunks(out, self._size, _CHUNK):
                 matrices[chunk].baddbmm_(left[chunk].transpose(1, 2), right[chunk])
             return
         sampled = self._size >= _SAMPLED_FROM and len(self._kept) < _SAMPLED_BELOW[out.device.type] * self._size
         product = self._sampled if sampled else partial(self._gathered, self._buffer(out))
-        for chunk in self._chunks(out, len(self._kept) if sampled else self._size):
+        chunks = _chunks(out, len(self._kept), _SAMPLED_CHUNK) if sampled else _chunks(out, self._size, _CHUNK)
+        for chunk in chunks:
             out[chunk] += product(left[chunk], right[chunk])
-
-    def _chunks(self, out: Tensor, entries: int) -> list[slice]:
-        step = max(1, _CHUNK[out.device.type] // (entries or 1))
-        return [slice(start, start + step) for start in range(0, len(out), step)]
 
     def _buffer(self, out: Tensor) -> Tensor:
         # Reused by every chunk: a fresh product would be written to fresh pages of memory each time.
-        chunk = self._chunks(out, self._size)[0]
+        chunk = _chunks(out, self._size, _CHUNK)[0]
         return out.new_empty(min(chunk.stop, len(out)), self._rows, self._columns)
 
     def _gathered(self, buffer: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -82,3 +82,9 @@ class OuterProduct:
                     check_invariants=False,
                 )
         return self._patterns[n]
+
+
+def _chunks(out: Tensor, entries: int, most: dict[str, int]) -> list[slice]:
+    """Slices of the examples of `out`, of `entries` each, that hold about as many entries as the device likes."""
+    step = max(1, most[out.device.type] // (entries or 1))
+    return [slice(start, start + step) for start in range(0, len(out), step)]

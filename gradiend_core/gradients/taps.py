@@ -29,6 +29,7 @@ class Sites:
     modules: dict[nn.Module, list[tuple[int, type[Rule], str]]] = field(default_factory=dict)
     embeddings: dict[int, tuple[int, Use]] = field(default_factory=dict)  # id of the weight -> tensor, use
     without_rule: list[str] = field(default_factory=list)  # modules whose use of a parameter is not known
+    tables: dict[int, nn.Module] = field(default_factory=dict)  # every embedding, wanted or not, by id of its weight
 
     @classmethod
     def find(cls, model: nn.Module, tensors: Mapping[nn.Parameter, int]) -> Self:
@@ -37,6 +38,7 @@ class Sites:
         for name, module in model.named_modules():
             owned = {attribute: p for attribute, p in module._parameters.items() if p is not None and p in tensors}
             if isinstance(module, nn.Embedding):
+                sites.tables[id(module.weight)] = module
                 sites.embeddings |= {id(p): (tensors[p], Use(module, attribute)) for attribute, p in owned.items()}
                 continue
             rules = RULES.get(type(module).forward, {})
@@ -50,15 +52,17 @@ class Sites:
 
 
 class Taps(TorchFunctionMode):
-    """Taps a model's wanted tensors, in passes over a batch of n examples.
+    """Taps a model's wanted tensors, in passes over a batch of n examples that are padded to one of the `widths`.
 
     Stay inside the context until the backward passes are over: gradient checkpointing runs the forward pass again.
     """
 
-    def __init__(self, sites: Sites, n: int) -> None:
+    def __init__(self, sites: Sites, n: int, widths: set[int]) -> None:
         super().__init__()
         self._sites = sites
         self._n = n
+        self._flat = {n * width for width in widths}
+        self._was_flat = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._called: set[object] = set()
         self._receive: Receiver | None = None
@@ -82,7 +86,9 @@ class Taps(TorchFunctionMode):
         Raises `NotSeparatedError` when a tensor's module was not called: its weights may be used without it (DeBERTa).
         """
         uncalled = [module for module in self._sites.modules if module not in self._called]
-        uncalled += [use.module for key, (_, use) in self._sites.embeddings.items() if key not in self._called]
+        # Where a table is used without a call, outputs that it shares with the batch could be taken for flat ones.
+        tables = self._sites.tables if self._was_flat else self._sites.embeddings
+        uncalled += [self._sites.tables[key] for key in tables if key not in self._called]
         if uncalled:
             kinds = sorted({type(module).__name__ for module in uncalled})
             raise NotSeparatedError(f"the forward pass does not call {', '.join(kinds)}")
@@ -93,8 +99,10 @@ class Taps(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Every call of a torch function passes here; embeddings of wanted tables are tapped."""
-        if func is F.embedding and id(args[1]) in self._sites.embeddings:
-            return self._embedding(*args, **(kwargs or {}))
+        if func is F.embedding:
+            self._called.add(id(args[1]))
+            if id(args[1]) in self._sites.embeddings:
+                return self._embedding(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _embedding(
@@ -105,7 +113,6 @@ class Taps(TorchFunctionMode):
         # Position ids of shape [1, T] are broadcast over the batch: their gradient would mix the examples.
         ids = input.expand(self._n, *input.shape[1:]) if input.shape[0] == 1 else input
         output = F.embedding(ids, weight, padding_idx, *rest, **named)
-        self._called.add(id(weight))
         tensor, use = self._sites.embeddings[id(weight)]
         entries = ids if padding_idx is None else ids.masked_fill(ids == padding_idx % len(weight), -1)
         return self._tap(use.module, output, entries, [(tensor, EmbeddingWeight, use)])
@@ -119,13 +126,18 @@ class Taps(TorchFunctionMode):
         return self._tap(module, output, inputs[0], uses)
 
     def _tap(self, module: nn.Module, output: Tensor, a: Tensor, uses: list[tuple[int, type[Rule], Use]]) -> Tensor:
-        if len(output) != self._n or len(a) != self._n:
+        # Some models (OPT) run layers on all positions of all examples in one dimension.
+        flat = output.dim() == 2 and len(output) == len(a) and len(output) in self._flat
+        self._was_flat |= flat
+        if not flat and (len(output) != self._n or len(a) != self._n):
             kind, shape = type(module).__name__, tuple(output.shape)
             raise NotSeparatedError(f"output {shape} of a {kind} is not separated by example (batch of {self._n})")
         if not torch.is_grad_enabled():
             return output
 
         def receive(a: Tensor, d: Tensor) -> None:
+            if flat:
+                a, d = (tensor.reshape(self._n, -1, tensor.shape[-1]) for tensor in (a, d))
             for tensor, rule, use in uses:
                 self._receive(tensor, rule, use, a.to(d.device), d)  # type: ignore[misc]
 

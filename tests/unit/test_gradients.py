@@ -298,3 +298,18 @@ def test_self_check_refuses_wrong_rows(damage: str) -> None:
         rows.diff[0, 0] = torch.nan
     with pytest.raises(GradiendError, match="self-check failed"):
         verify_rows(model, selection, rows, plus, minus)
+
+
+def test_shared_output_that_looks_like_flat_positions_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = build("deberta", share_att_key=True, norm_rel_ebd="layer_norm", position_buckets=4)
+    table = len(
+        model.deberta.encoder.rel_embeddings.weight
+    )  # its layer norm acts on the table itself, once for the batch
+    n = 2
+    text = tuple(range(5, 5 + table // n))
+    plus, minus = ([Example(text, (1 + row,), (label,), (0,)) for row in range(n)] for label in (7, 9))
+    selection = Selection.everything(backbone_parameters(model, ["*encoder.LayerNorm.*"]))
+    with caplog.at_level(logging.INFO):
+        rows = GradientCollector(model, selection).rows(plus, minus)
+    assert caplog.messages == ["the forward pass does not call Embedding: one example at a time"]
+    assert_exact(rows, model, selection, plus, minus)

@@ -28,7 +28,8 @@ def test_every_way_gives_the_kept_entries(
 ) -> None:
     spy = Mock(side_effect=torch.sparse.sampled_addmm)
     monkeypatch.setattr(torch.sparse, "sampled_addmm", spy)
-    monkeypatch.setitem(products._CHUNK, "cpu", 2000)  # several chunks, of which the last is smaller
+    for chunk in (products._CHUNK, products._SAMPLED_CHUNK):
+        monkeypatch.setitem(chunk, "cpu", 2000)  # several chunks, of which the last is smaller
     random = torch.Generator().manual_seed(1)
     left = torch.randn(7, positions, shape[0], generator=random)
     right = torch.randn(7, positions, shape[1], generator=random)

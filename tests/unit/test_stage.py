@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from gradiend_core.errors import GradiendError
+from gradiend_core.files import sha256_file
+from pipeline import stage
 from pipeline.__main__ import STAGES, main
 from pipeline.stage import Outputs, stage_parser
 
@@ -248,3 +250,55 @@ def test_parser_of_a_stage_without_parameters() -> None:
     assert stage_parser("demo", None, params=False).parse_args(["--manifest", "m"]).manifest == Path("m")
     with pytest.raises(SystemExit):
         stage_parser("demo", None).parse_args(["--manifest", "m"])
+
+
+def continued(seen: list[str]) -> Path:
+    """A stage that continues what an interrupted one has left, under a lock of its own."""
+    with outputs() as out:
+        aside = out.resumable(Path("out/rows.txt"))
+        seen.append(aside.read_text() if aside.exists() else "")
+        lock = out.hold(Path("lock").open("w"))  # noqa: SIM115 - left by the outputs
+        with aside.open("a") as stream:
+            stream.write("row ")
+        if len(aside.read_text()) < 8:
+            raise KeyboardInterrupt
+        out.path(Path("out/index.txt")).write_text("index")
+    assert lock.closed
+    return aside
+
+
+def test_interrupted_output_is_continued() -> None:
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        continued(seen)
+    assert not Path("out/rows.txt").exists()
+    aside = continued(seen)
+    assert seen == ["", "row "]
+    assert Path("out/rows.txt").read_text() == "row row "
+    assert not aside.exists()
+
+
+def test_what_is_held_is_left_after_the_outputs_are_in_place() -> None:
+    order = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            order.append(Path("out/a.txt").exists())
+
+        def __exit__(self, *_: object) -> None:
+            order.append(Path("out/a.txt").exists())
+
+    with outputs() as out:
+        out.path(Path("out/a.txt")).write_text("a")
+        out.hold(Lock())
+    assert order == [False, True]
+
+
+def test_code_digest_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage.code_digest()
+    assert before == stage.code_digest()
+    changed = "gradiend_core/gradients/rules.py"
+    monkeypatch.setattr(
+        stage, "sha256_file", lambda path: "x" if path.as_posix().endswith(changed) else sha256_file(path)
+    )
+    assert stage.code_digest() != before

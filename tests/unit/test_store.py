@@ -1,7 +1,7 @@
 """The gradient store: what is written is what is read, however it is cut into shards."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.objectives import encode
 from gradiend_core.gradients.pins import pin, pinned_folder
 from gradiend_core.gradients.selection import Selection
-from gradiend_core.gradients.store import INDEX, GradientStore, require_space, shard_files, store_bytes
+from gradiend_core.gradients.store import INDEX, GradientStore, Quantity, require_space, shard_files, store_bytes
 from gradiend_core.gradients.tasks import store_index
 from gradiend_core.lm.folder import load_masked_lm
 from gradiend_core.tables import read_table, write_table
@@ -33,7 +33,7 @@ PARAMS = {
     "keep_all": {"topk": None},
     "count": {"topk": 7, "params": ["*.query.weight"]},
     "typo": {"params": ["bert.embeddings.word_embedding.weight"]},
-    "gradients": {"batch_size": 4},
+    "gradients": {"batch_size": 2},
     "half": {"batch_size": 4, "dtype": "bfloat16"},
 }
 
@@ -187,6 +187,208 @@ def test_pin_is_satisfied_by_the_pinned_files_alone(tmp_path: Path) -> None:
         pinned_folder(pinned)
 
 
+# --- reading: every method against the whole matrices, whatever the shards and the format
+
+N = 11
+CUTS = {"one": [30], "three": [0, 13, 17], "many": [1] * 30}
+FORMATS = [torch.float32, torch.bfloat16]
+QUANTITIES: tuple[Quantity, ...] = ("factual", "alternative", "diff")
+POSITIONS = [[], [5], [3, 4, 5, 6], [12, 13, 14], [29, 0, 1, 1, 12, 13, 2], list(range(30)), list(range(29, -1, -1))]
+
+
+def made(folder: Path, cuts: str = "three", dtype: torch.dtype = torch.float32, n: int = N) -> GradientStore:
+    """A store of 30 rows of noise, written by hand and opened."""
+    rows = torch.randn(2, 30, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    index = pd.DataFrame({"type": "training", "row": range(30), "masked": "[MASK]", "factual": "a", "alternative": "b"})
+    index["split"] = ["train", "validation"] * 15
+    index["factual_class"] = ["A", "B", "C"] * 10
+    index["alternative_class"] = ["B", "C", "A"] * 10
+    index["transition"] = index["factual_class"] + "->" + index["alternative_class"]
+    index["label"], index["n_positions"] = 1.0, [1, 2, 1, 3, 1] * 6
+    index.loc[27:, ["factual_class", "alternative_class", "transition", "type"]] = [None, None, None, NEUTRAL_DATASET]
+    selection = Selection(("v", "w"), ((n - 3,), (4, 4)), (None, torch.tensor([0, 7, 9])))
+    tensors, mapping = selection.to_tensors()
+    folder.mkdir(exist_ok=True)
+    start = 0
+    for shard, count in enumerate(CUTS[cuts]):
+        tensor_file, index_file = shard_files(folder, shard)
+        stop = start + count
+        matrices = {"alternative": rows[0, start:stop], "diff": rows[1, start:stop]}
+        metadata = {"mapping": mapping, "shard": shard, "num_shards": len(CUTS[cuts])}
+        save_tensors(tensor_file, tensors | matrices, metadata)
+        write_table(index_file, index.iloc[start:stop], INDEX)
+        start = stop
+    return GradientStore.open(folder)
+
+
+def whole(dtype: torch.dtype = torch.float32, n: int = N) -> dict[Quantity, torch.Tensor]:
+    """The rows of `made`, from the same noise."""
+    alternative, diff = torch.randn(2, 30, n, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    return {"alternative": alternative, "diff": diff, "factual": alternative + diff}
+
+
+def test_store_tells_what_it_is(tmp_path: Path) -> None:
+    store = made(tmp_path, dtype=torch.bfloat16)
+    assert (len(store), store.n, store.dtype) == (30, N, torch.bfloat16)
+    assert repr(store) == "GradientStore(30 rows of 11 entries, torch.bfloat16, shards: 3)"
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("positions", POSITIONS, ids=len)
+def test_rows_are_those_at_the_positions(tmp_path: Path, cuts: str, dtype: torch.dtype, positions: list[int]) -> None:
+    store, chosen = made(tmp_path, cuts, dtype), torch.tensor(positions, dtype=torch.int64)
+    for quantity, rows in whole(dtype).items():
+        found = store.rows(quantity, chosen)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, rows[chosen])
+        assert torch.equal(torch.cat([*store.iterate(quantity, chosen, 4), torch.empty(0, N)]), rows[chosen])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("positions", POSITIONS, ids=len)
+def test_rows_at_a_part_of_the_entries(tmp_path: Path, cuts: str, dtype: torch.dtype, positions: list[int]) -> None:
+    store, chosen, columns = made(tmp_path, cuts, dtype), torch.tensor(positions, dtype=torch.int64), [0, 3, 8, 10]
+    part = store.selection.prune(torch.tensor(columns))
+    for quantity, rows in whole(dtype).items():
+        assert torch.equal(store.rows(quantity, chosen, part), rows[chosen][:, columns])
+
+
+def test_large_rows_are_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradiend_core.gradients.store._CHUNK", 4 * N + 1)
+    for dtype in FORMATS:
+        for positions in POSITIONS:
+            test_rows_are_those_at_the_positions(tmp_path, "three", dtype, positions)
+            test_rows_at_a_part_of_the_entries(tmp_path, "three", dtype, positions)
+            test_projections_are_inner_products(tmp_path, "three", dtype, positions)
+
+
+def test_rows_are_the_callers_and_the_mapping_is_not(tmp_path: Path) -> None:
+    store = made(tmp_path, "one")
+    store.rows("diff", torch.arange(30)).zero_()
+    assert torch.equal(store.rows("diff", torch.arange(30)), whole()["diff"])
+    store.matrix("diff")[3] = 7
+    assert (store.rows("diff", torch.tensor([3])) == 7).all()
+    assert torch.equal(GradientStore.open(tmp_path).rows("diff", torch.arange(30)), whole()["diff"])
+
+
+def test_matrix_is_the_mapped_memory(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    assert [len(store.matrix("diff", shard)) for shard in range(3)] == CUTS["three"]
+    matrix = store.matrix("alternative", 1)
+    assert torch.equal(matrix, whole()["alternative"][:13])
+    assert matrix.data_ptr() == store.matrix("alternative", 1).data_ptr()
+    assert matrix.numpy().__array_interface__["data"][0] == matrix.data_ptr()
+    assert matrix.numpy().dtype == np.float32
+    half = made(tmp_path / "half", dtype=torch.bfloat16).matrix("diff", 2)
+    assert half.view(torch.int16).numpy().__array_interface__["data"][0] == half.data_ptr()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert any(_covers(line, matrix.data_ptr()) and line.endswith("shard-1.safetensors") for line in maps)
+
+
+def _covers(line: str, address: int) -> bool:
+    start, stop = (int(part, 16) for part in line.split()[0].split("-"))
+    return start <= address < stop
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("cuts", CUTS)
+def test_batch_means_weigh_rows_by_their_positions(tmp_path: Path, cuts: str, dtype: torch.dtype) -> None:
+    store = made(tmp_path, cuts, dtype)
+    batches = [torch.tensor(batch) for batch in ([4], [0, 1, 2, 3], [29, 13, 12, 1, 1], [20, 21])]
+    counts = torch.tensor([1.0, 2, 1, 3, 1] * 6, dtype=torch.float64)
+    other = torch.rand(30, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    for quantity, rows in whole(dtype).items():
+        for weights, used in ((None, counts), (other, other), (other.float(), other), (torch.ones(30), counts**0)):
+            means = store.batch_means(quantity, batches, weights)
+            expected = torch.stack([used[batch] @ rows[batch].double() / used[batch].sum() for batch in batches])
+            assert means.dtype == torch.float32
+            torch.testing.assert_close(means.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_batch_means_of_long_rows_and_of_equal_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradiend_core.gradients.store._CACHED", 4)
+    batches = torch.randperm(30, generator=torch.Generator().manual_seed(3)).view(6, 5)
+    for dtype in FORMATS:
+        store, rows = made(tmp_path, "three", dtype), whole(dtype)["factual"]
+        means = store.batch_means("factual", batches, torch.ones(30))
+        torch.testing.assert_close(means, rows[batches].mean(1), rtol=0, atol=1e-6)
+        assert torch.equal(means, store.batch_means("factual", list(batches), torch.ones(30)))
+        assert store.batch_means("diff", []).shape == (0, N)
+
+
+def test_bfloat16_means_are_not_rounded_to_bfloat16(tmp_path: Path) -> None:
+    means = made(tmp_path, "one", torch.bfloat16).batch_means("diff", [torch.arange(3)])
+    assert not torch.equal(means, means.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("positions", [None, *POSITIONS], ids=lambda positions: str(positions and len(positions)))
+def test_projections_are_inner_products(
+    tmp_path: Path, cuts: str, dtype: torch.dtype, positions: list[int] | None
+) -> None:
+    store = made(tmp_path, cuts, dtype)
+    chosen = None if positions is None else torch.tensor(positions, dtype=torch.int64)
+    vectors = torch.randn(N, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for quantity, rows in whole(dtype).items():
+        expected = (rows if chosen is None else rows[chosen]) @ vectors.detach()
+        torch.testing.assert_close(store.project(quantity, vectors, chosen), expected, rtol=0, atol=1e-5)
+        one = store.project(quantity, vectors[:, 1].double(), chosen)
+        torch.testing.assert_close(one, expected[:, 1], rtol=0, atol=1e-5)
+
+
+def test_positions_by_values(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    index = store.index
+    assert store.positions(transition="A->B").tolist() == list(range(0, 27, 3))
+    assert store.positions(factual_class=["A", "C"], split="train").tolist() == [
+        row for row in range(27) if row % 3 != 1 and row % 2 == 0
+    ]
+    kinds = ["training", NEUTRAL_DATASET]
+    assert store.positions(alternative_class=["A"], kind=kinds).tolist() == list(range(2, 27, 3))
+    assert store.positions(split=["validation", "train"]).tolist() == list(range(30))
+    assert store.positions(split="test").tolist() == []  # a split that happens to be empty
+    assert store.positions(split=[]).tolist() == []
+    assert index["split"].iloc[store.positions(split="validation").numpy()].unique().tolist() == ["validation"]
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda store: store.positions(split="dev"), "split 'dev': this store has test, train, validation"),
+        (lambda store: store.positions(kind="neutral"), "type 'neutral': this store has neutral_dataset, training"),
+        (lambda store: store.positions(transition=["A->B", "A->C"]), r"transition 'A->C'.* A->B, B->C, C->A"),
+        (lambda store: store.positions(factual_class="D"), "factual_class 'D': this store has A, B, C"),
+        (lambda store: store.positions(alternative_class="D"), "alternative_class 'D': this store has A, B, C"),
+        (lambda store: store.rows("fact", torch.arange(2)), "quantity 'fact': there are factual, alternative, diff"),
+        (lambda store: store.project("fact", torch.zeros(N)), "quantity 'fact'"),
+        (lambda store: store.batch_means("fact", []), "quantity 'fact'"),
+        (lambda store: store.rows("diff", torch.tensor([3, 30])), "position 30: this store has rows 0 to 29"),
+        (lambda store: store.rows("factual", torch.tensor([-1])), "position -1"),
+        (lambda store: store.batch_means("diff", [torch.tensor([0]), torch.tensor([31])]), "position 31"),
+        (lambda store: store.project("diff", torch.zeros(N), torch.tensor([40])), "position 40"),
+        (lambda store: store.rows("diff", torch.ones(30, dtype=torch.bool)), r"torch.bool .*mask.nonzero\(\)"),
+        (lambda store: store.rows("diff", torch.zeros(2, 2, dtype=torch.int64)), r"shape \[2, 2\]"),
+        (lambda store: store.project("diff", torch.zeros(N + 1)), r"\[12\]: this store needs \[11\] or \[11, k\]"),
+        (lambda store: store.project("diff", torch.zeros(N, 1, 1)), r"\[11, 1, 1\]: this store needs"),
+        (lambda store: store.batch_means("diff", [torch.arange(2), torch.arange(0)]), "batch 1: it is empty"),
+        (lambda store: store.batch_means("diff", [torch.arange(2)], torch.zeros(30)), "batch 0: .*weights sum to 0"),
+        (lambda store: store.batch_means("diff", [torch.arange(2)], torch.ones(2)), r"weights of shape \[2\].*\[30\]"),
+        (lambda store: store.matrix("factual"), "stored are alternative and diff"),
+        (lambda store: store.matrix("diff", 3), "shard 3: this store has shards 0 to 2"),
+        (lambda store: store.matrix("diff", -1), "shard -1"),
+    ],
+)
+def test_what_is_not_there_is_refused(tmp_path: Path, ask: Callable[[GradientStore], Any], message: str) -> None:
+    with pytest.raises(GradiendError, match=message):
+        ask(made(tmp_path))
+
+
+# --- damage
+
+
 def test_damaged_or_missing_shard_is_named(run: Path) -> None:
     prune()
     folder = collect("three", "store")
@@ -211,6 +413,40 @@ def test_index_of_another_length_is_refused(run: Path) -> None:
     write_table(index, read_table(index, INDEX).iloc[:-1], INDEX)
     with pytest.raises(GradiendError, match=r"shard-2\.parquet: damaged: 8 lines for 9 rows"):
         GradientStore.open(folder)
+
+
+def test_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
+    tensor_file, _ = shard_files(tmp_path, 0)
+    save_tensors(tensor_file, {}, {"pins": {}})
+    with pytest.raises(GradiendError, match=r"shard-0\.safetensors: damaged: it is not a shard of a gradient store"):
+        GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        {},
+        {"diff": torch.zeros(13, N)},
+        {"alternative": torch.zeros(13, N)},
+        {"alternative": torch.zeros(13, N), "diff": torch.zeros(13, N + 1)},
+        {"alternative": torch.zeros(13, N), "diff": torch.zeros(12, N)},
+        {"alternative": torch.zeros(13, N - 1), "diff": torch.zeros(13, N - 1)},
+    ],
+)
+def test_shard_without_its_matrices_is_refused(tmp_path: Path, matrices: dict[str, torch.Tensor]) -> None:
+    store = made(tmp_path)
+    tensor_file, _ = shard_files(tmp_path, 1)
+    save_tensors(tensor_file, store.selection.to_tensors()[0] | matrices, read_metadata(tensor_file))
+    with pytest.raises(GradiendError, match=r"shard-1\.safetensors: damaged: .*alternative and diff .*\[rows, 11\]"):
+        GradientStore.open(tmp_path)
+
+
+def test_shard_of_another_format_is_refused(tmp_path: Path) -> None:
+    made(tmp_path)
+    made(tmp_path / "half", dtype=torch.bfloat16)
+    shutil.copy(shard_files(tmp_path / "half", 2)[0], tmp_path)
+    with pytest.raises(GradiendError, match=r"shard-2\.safetensors: damaged: it is not shard 2"):
+        GradientStore.open(tmp_path)
 
 
 def test_foreign_shard_is_refused(run: Path) -> None:
