@@ -139,7 +139,7 @@ def test_metrics_plots_and_reports_are_shown(finished: tuple[Project, Project]) 
 
 def test_the_commands_and_snippets_of_the_pages_work(finished: tuple[Project, Project]) -> None:
     project = finished[0]
-    for page in ("README.md", "docs/engines.md", "docs/files.md"):
+    for page in ("README.md", "docs/engines.md", "docs/files.md", "docs/gradient-store.md"):
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
             if language == "python":
                 project.run("python", "-c", block.replace("pronoun_number", "gender").replace("3PL", "feminine"))

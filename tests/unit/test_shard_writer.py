@@ -109,7 +109,7 @@ def test_bytes_are_those_of_a_file_written_at_once(
 
 @pytest.mark.parametrize("length", range(9))
 def test_header_is_padded_to_eight_bytes(tmp_path: Path, length: int) -> None:
-    tensors = content(2, 3, torch.bfloat16) | KEPT
+    tensors = content(2, 3, torch.bfloat16) | KEPT | {'ä "☃"\n': torch.zeros(1)}
     header, starts = layout(tensors, {"x": "y" * length})
     whole = bytes_at_once(tmp_path, tensors, {"x": "y" * length})
     assert whole.startswith(header)
@@ -198,9 +198,11 @@ def test_rows_that_cannot_be_meant_are_refused(path: Path) -> None:
         for shape in ((2, N), (1, N - 1)):
             with pytest.raises(ValueError, match=r"rows of shape \[1, 17\] and .*, not \[1, 17\]"):
                 writer.write(torch.tensor([8]), torch.zeros(1, N), torch.zeros(shape))
-        for done in (4, 24):
-            with pytest.raises(ValueError, match=f"not all of the first {done} rows"):
-                writer.checkpoint(done)
+        with pytest.raises(ValueError, match="not all of the first 4 rows"):
+            writer.checkpoint(4)
+        write_rows(writer, torch.arange(3, ROWS))
+        with pytest.raises(ValueError, match="not all of the first 24 rows"):
+            writer.checkpoint(24)
 
 
 # --- resuming
@@ -452,6 +454,23 @@ def test_full_disk_is_never_forgotten(tmp_path: Path, path: Path, monkeypatch: p
     assert path.read_bytes() == bytes_at_once(tmp_path, content() | KEPT)
 
 
+def test_rows_are_durable_before_they_are_recorded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+    with open_writer(path) as writer:
+        write_rows(writer, torch.arange(4))
+        data, record, synced = path.stat().st_ino, progress_of(path).stat().st_ino, []
+
+        def log(file: int) -> None:
+            synced.append((os.fstat(file).st_ino, recorded(path)))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", log)
+        writer.checkpoint(4)
+        new_record, folder = progress_of(path).stat().st_ino, path.parent.stat().st_ino
+        assert record != new_record
+    assert synced == [(data, 0), (new_record, 0), (folder, 4)]
+
+
 def test_refusal_to_make_rows_durable_is_no_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -486,23 +505,35 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 # --- computing goes on meanwhile
 
 
-def test_two_batches_are_queued_and_the_third_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, pwrite = threading.Event(), os.pwrite
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on nothing is written for half a second, until the event."""
+    opened, pwrite = threading.Event(), os.pwrite
 
     def wait(file: int, data: memoryview, offset: int) -> int:
-        gate.wait()
+        opened.wait()
         return pwrite(file, data, offset)
 
-    opener = threading.Timer(0.5, gate.set)
+    monkeypatch.setattr(os, "pwrite", wait)
+    threading.Timer(0.5, opened.set).start()
+    return opened
+
+
+def test_two_batches_are_queued_and_the_third_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_writer(path) as writer:
-        monkeypatch.setattr(os, "pwrite", wait)
-        opener.start()
+        opened = hold_writes(monkeypatch)
         write_rows(writer, torch.tensor([0]))
         write_rows(writer, torch.tensor([1]))
-        assert not gate.is_set()
+        assert not opened.is_set()
         write_rows(writer, torch.tensor([2]))
-        assert gate.is_set()
-    opener.join()
+        assert opened.is_set()
+
+
+def test_leaving_waits_for_what_is_queued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_writer(path) as writer:
+        hold_writes(monkeypatch)
+        write_rows(writer, torch.tensor([0]))
+        write_rows(writer, torch.tensor([ROWS - 1]))
+    assert path.read_bytes()[-N * 4 :] == content()["diff"][-1].numpy().tobytes()
 
 
 def test_exception_of_the_caller_drops_what_is_queued_and_closes_the_file(

@@ -335,8 +335,9 @@ def test_projections_are_inner_products(
     for quantity, rows in whole(dtype).items():
         expected = (rows if chosen is None else rows[chosen]) @ vectors.detach()
         torch.testing.assert_close(store.project(quantity, vectors, chosen), expected, rtol=0, atol=1e-5)
-        one = store.project(quantity, vectors[:, 1].double(), chosen)
+        one = store.project(quantity, vectors[:, 1].double(), chosen)  # of a vector that requires gradients
         torch.testing.assert_close(one, expected[:, 1], rtol=0, atol=1e-5)
+        assert not one.requires_grad
 
 
 def test_positions_by_values(tmp_path: Path) -> None:
