@@ -35,3 +35,5 @@ def describe_device(device: torch.device) -> str:
 def use_deterministic_algorithms() -> None:
     """Refuse operations whose result depends on timing."""
     torch.use_deterministic_algorithms(True)
+    # Otherwise every new tensor is filled with NaN first, which shows reads of what was never written, at a price.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 Blocks = list[list[list[int]]]
 
+# Waiting for the disk costs time, too: a kill may cost so much computing.
+_SECONDS_BETWEEN_CHECKPOINTS = 5.0
+
 
 def main(argv: list[str]) -> None:
     """Write shard-<i>.safetensors and shard-<i>.parquet."""
@@ -138,12 +141,15 @@ def _fill(
     """Write the rows that are not there yet; row `first` of the store is the shard's row 0."""
     end = first + writer.done
     remaining = [block for block in blocks if min(map(min, block)) >= end]
+    recorded = time.monotonic()
     for block in track(remaining, "blocks of rows"):
         for batch in block:
             rows = collector.rows([factual[row] for row in batch], [alternative[row] for row in batch])
             writer.write(torch.tensor(batch) - first, *rows)
         end += sum(map(len, block))
-        writer.checkpoint(end - first)
+        if time.monotonic() - recorded >= _SECONDS_BETWEEN_CHECKPOINTS:
+            writer.checkpoint(end - first)
+            recorded = time.monotonic()
     writer.finish()
 
 

@@ -90,20 +90,28 @@ class Outputs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        outcome = (kind, error, traceback)
         try:
-            if kind is None:
-                self._commit()
-            elif isinstance(error, OSError):
-                self._explain(error)
-        except OSError as failure:
-            self._explain(failure)
+            self._end(error)
+        except BaseException as failure:  # what is held must not take a failed commit for a success
+            outcome = (type(failure), failure, failure.__traceback__)
             raise
         finally:
             for aside in {*self._asides.values()} - self._resumable:
                 aside.unlink(missing_ok=True)
             for folder in self._folders:
                 shutil.rmtree(folder, ignore_errors=True)
-            self._held.__exit__(kind, error, traceback)
+            self._held.__exit__(*outcome)
+
+    def _end(self, error: BaseException | None) -> None:
+        try:
+            if error is None:
+                self._commit()
+            elif isinstance(error, OSError):
+                self._explain(error)
+        except OSError as failure:
+            self._explain(failure)
+            raise
 
     def _commit(self) -> None:
         outputs = {final.as_posix(): sha256_file(aside) for final, aside in self._asides.items()}

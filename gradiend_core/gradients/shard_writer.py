@@ -100,7 +100,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._worker.shutdown(cancel_futures=kind is not None)
         if kind is None and self._finished:
-            self._progress.unlink()
+            self._progress.unlink(missing_ok=True)
         os.close(self._file)
         if kind is None:
             self._wait()

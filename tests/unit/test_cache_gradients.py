@@ -41,6 +41,7 @@ def interrupt_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "checkpoint", checkpoint)
+    monkeypatch.setattr(cache_gradients, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -302,3 +302,26 @@ def test_code_digest_changes_with_any_source_file(monkeypatch: pytest.MonkeyPatc
         stage, "sha256_file", lambda path: "x" if path.as_posix().endswith(changed) else sha256_file(path)
     )
     assert stage.code_digest() != before
+
+
+def test_what_is_held_learns_that_the_outputs_could_not_be_put_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Lock:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, kind: Any, *_: object) -> None:
+            seen.append(kind)
+
+    def full(path: Path) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def write_to_a_full_disk() -> None:
+        with outputs() as out:
+            out.path(Path("out/a.txt")).write_text("a")
+            out.hold(Lock())
+            monkeypatch.setattr(stage, "sha256_file", full)
+
+    with pytest.raises(GradiendError, match="cannot be written"):
+        write_to_a_full_disk()
+    assert seen == [GradiendError]
