@@ -36,8 +36,6 @@ _ENVIRONMENT = {
     # Threads that spin while they wait slow every other job on the machine by an order of magnitude.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    # Row matrices of tens of megabytes come from fresh memory, which is dear to touch in small pages.
-    "THP_MEM_ALLOC_ENABLE": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TOKENIZERS_PARALLELISM": "false",
 }

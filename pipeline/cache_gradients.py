@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gradiend_core.gradients.objectives import Example, encode
 from gradiend_core.gradients.pins import pinned_folder
 from gradiend_core.gradients.plan import rows_per_batch, shard_batches, shard_rows
 from gradiend_core.gradients.selection import Selection
-from gradiend_core.gradients.shard_writer import ShardWriter
+from gradiend_core.gradients.shard_writer import QUEUED_BATCHES, ShardWriter
 from gradiend_core.gradients.store import INDEX, require_space, shard_files, store_bytes
 from gradiend_core.gradients.store import TRAINING as STORED
 from gradiend_core.gradients.tasks import store_index, usable_neutral
@@ -142,9 +143,12 @@ def _fill(
     end = first + writer.done
     remaining = [block for block in blocks if min(map(min, block)) >= end]
     recorded = time.monotonic()
+    # While one batch is computed, the writer holds those that are queued.
+    buffers = cycle(collector.buffer(max(map(len, chain(*remaining)))) for _ in range(QUEUED_BATCHES + 1))
     for block in track(remaining, "blocks of rows"):
         for batch in block:
-            rows = collector.rows([factual[row] for row in batch], [alternative[row] for row in batch])
+            pairs = [factual[row] for row in batch], [alternative[row] for row in batch]
+            rows = collector.rows(*pairs, out=next(buffers))
             writer.write(torch.tensor(batch) - first, *rows)
         end += sum(map(len, block))
         if time.monotonic() - recorded >= _SECONDS_BETWEEN_CHECKPOINTS:

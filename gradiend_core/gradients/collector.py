@@ -44,47 +44,57 @@ class GradientCollector:
         if self.one_by_one:
             _report(f"no rule for the parameters of {', '.join(self._sites.without_rule)}")
 
-    def rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
-        """The rows of N examples, given each one's factual and alternative encoding."""
+    def rows(self, factual: Sequence[Example], alternative: Sequence[Example], out: Rows | None = None) -> Rows:
+        """The rows of N examples, given each one's factual and alternative encoding.
+
+        With `out`, matrices of at least N rows from `buffer`, they are views of its first N rows: touching fresh memory
+        for every batch can cost as much as a third of the arithmetic.
+        """
+        result = Rows(*(matrix[: len(factual)] for matrix in out or self.buffer(len(factual))))
         if not self.one_by_one:
             try:
-                return self._batched_rows(factual, alternative)
+                self._batched_rows(factual, alternative, result)
+                return result
             except NotSeparatedError as reason:
                 _report(str(reason))
                 self.one_by_one = True
-        return loop_rows(self.model, self.selection, factual, alternative)
+        for matrix, rows in zip(result, loop_rows(self.model, self.selection, factual, alternative), strict=True):
+            matrix.copy_(rows)
+        return result
 
-    def _batched_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
+    def buffer(self, n: int) -> Rows:
+        """Memory for the rows of n examples; its values mean nothing."""
+        return Rows(*(torch.empty(n, self.selection.n, device=self.model.device) for _ in range(2)))
+
+    def _batched_rows(self, factual: Sequence[Example], alternative: Sequence[Example], result: Rows) -> None:
         shared = [share_input(plus, minus) for plus, minus in zip(factual, alternative, strict=True)]
         if all(shared):
-            return self._shared_rows(factual, alternative)
-        result = Rows(*(self._zeros(len(factual)) for _ in range(2)))
+            self._shared_rows(factual, alternative, result)
+            return
         for same, compute in ((True, self._shared_rows), (False, self._separate_rows)):
             chosen = [row for row, is_shared in enumerate(shared) if is_shared is same]
             if chosen:
-                part = compute([factual[row] for row in chosen], [alternative[row] for row in chosen])
+                part = self.buffer(len(chosen))
+                compute([factual[row] for row in chosen], [alternative[row] for row in chosen], part)
                 for whole, some in zip(result, part, strict=True):
                     whole[chosen] = some
-        return result
 
-    def _shared_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
-        return Rows(*self._gradients(factual, lambda: paired_losses(self.model, factual, alternative)))
+    def _shared_rows(self, factual: Sequence[Example], alternative: Sequence[Example], result: Rows) -> None:
+        self._gradients(factual, lambda: paired_losses(self.model, factual, alternative), result)
 
-    def _separate_rows(self, factual: Sequence[Example], alternative: Sequence[Example]) -> Rows:
-        (minus,) = self._gradients(alternative, lambda: (example_losses(self.model, alternative),))
-        (plus,) = self._gradients(factual, lambda: (example_losses(self.model, factual),))
-        return Rows(minus, plus.sub_(minus))
+    def _separate_rows(self, factual: Sequence[Example], alternative: Sequence[Example], result: Rows) -> None:
+        self._gradients(alternative, lambda: (example_losses(self.model, alternative),), [result.alternative])
+        self._gradients(factual, lambda: (example_losses(self.model, factual),), [result.diff])
+        result.diff.sub_(result.alternative)
 
-    def _gradients(self, examples: Sequence[Example], losses: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+    def _gradients(
+        self, examples: Sequence[Example], losses: Callable[[], tuple[Tensor, ...]], results: Sequence[Tensor]
+    ) -> None:
         """For each loss vector [N] that one forward pass of the examples gives: the gradients [N, n] of its entries."""
-        results = []
         with Taps(self._sites, len(examples), {padded_length(examples)}) as taps, torch.enable_grad():
             values = losses()
-            for position, value in enumerate(values):
-                rows = self._zeros(len(examples))
-                taps.backward(value.sum(), self._adder(rows), again=position + 1 < len(values))
-                results.append(rows)
-        return results
+            for position, (value, rows) in enumerate(zip(values, results, strict=True)):
+                taps.backward(value.sum(), self._adder(rows.zero_()), again=position + 1 < len(values))
 
     def _adder(self, rows: Tensor) -> Callable[[int, type[Rule], Use, Tensor, Tensor], None]:
         def add(tensor: int, rule: type[Rule], use: Use, a: Tensor, d: Tensor) -> None:
@@ -101,9 +111,6 @@ class GradientCollector:
                 span += part.to(rows.device)
 
         return add
-
-    def _zeros(self, n: int) -> Tensor:
-        return torch.zeros(n, self.selection.n, device=self.model.device)
 
 
 def find_sites(model: nn.Module, selection: Selection) -> Sites:

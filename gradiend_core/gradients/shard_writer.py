@@ -23,7 +23,7 @@ from gradiend_core.tensors import consecutive, layout
 logger = logging.getLogger(__name__)
 
 # Batches that wait to be written or are being written: one computes while one is written and one waits.
-_QUEUED_BATCHES: Final = 2
+QUEUED_BATCHES: Final = 2
 
 
 class _HostRows(NamedTuple):
@@ -119,7 +119,7 @@ class ShardWriter:
             raise ValueError(f"row {positions[~inside][0]}: the shard has {len(self._written)} rows")
         if self._written[positions].any() or len(set(positions.tolist())) < len(positions):
             raise ValueError(f"some of the rows {positions.tolist()} have been written before")
-        self._wait(_QUEUED_BATCHES - 1)
+        self._wait(QUEUED_BATCHES - 1)
         self._written[positions] = True
         runs = [(int(positions[run.start]), run) for run in consecutive(positions)]
         batch = {name: _to_host(rows, self._dtype) for name, rows in (("alternative", alternative), ("diff", diff))}

@@ -22,9 +22,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = GradientCollector.rows
 
-    def rows(self: GradientCollector, factual: Any, alternative: Any) -> Rows:
+    def rows(self: GradientCollector, factual: Any, alternative: Any, out: Rows | None = None) -> Rows:
         sizes.append(len(factual))
-        return original(self, factual, alternative)
+        return original(self, factual, alternative, out)
 
     monkeypatch.setattr(GradientCollector, "rows", rows)
     return sizes
@@ -95,8 +95,8 @@ def test_failed_self_check_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     prune()
     original = GradientCollector.rows
 
-    def wrong(self: GradientCollector, factual: Any, alternative: Any) -> Rows:
-        rows = original(self, factual, alternative)
+    def wrong(self: GradientCollector, factual: Any, alternative: Any, out: Rows | None = None) -> Rows:
+        rows = original(self, factual, alternative, out)
         return Rows(rows.alternative, rows.diff.roll(1, 0))
 
     monkeypatch.setattr(GradientCollector, "rows", wrong)

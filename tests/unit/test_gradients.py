@@ -64,6 +64,19 @@ def test_rows_are_repeatable_to_the_bit() -> None:
     assert torch.equal(first.diff, again.diff)
 
 
+def test_memory_may_be_used_again() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = pairs(tokenizer)
+    collector = GradientCollector(model, some(model))
+    expected = collector.rows(plus[:2], minus[:2])
+    buffer = collector.buffer(5)
+    collector.rows(plus, minus, out=buffer)  # leaves rows that the next batch must not be added to
+    rows = collector.rows(plus[:2], minus[:2], out=buffer)
+    for ours, other, memory in zip(rows, expected, buffer, strict=True):
+        assert torch.equal(ours, other)
+        assert ours.data_ptr() == memory.data_ptr()
+
+
 def test_equal_words_have_no_difference() -> None:
     model, tokenizer = build("bert")
     plus, _ = pairs(tokenizer)
