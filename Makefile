@@ -5,7 +5,7 @@ GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PYTHON ?= python3
 RUN := . .venv/bin/activate &&
 
-.PHONY: help run dvc test check clean
+.PHONY: help run dvc test check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -27,6 +27,11 @@ check: .venv/dev  ## Formatter, linters and types
 test: check  ## Everything that has to pass: check and all tests
 	$(RUN) pytest
 
+bench:  ## Measure gradients against their limits and the reference package (ONLY=collector for one part)
+	@$(PYTHON) -m bench.gradients.plan $(ONLY)
+	@$(MAKE) --no-print-directory .venv/run $(if $(filter-out reference,$(ONLY)),,bench/.venv-reference/ready)
+	$(RUN) python -m bench.gradients $(ONLY)
+
 clean:  ## Delete what the pipeline made (artifacts, logs, reports); DVC's cache stays, so that nothing is computed again
 	rm -rf artifacts logs benchmarks dvc_plots report.html .stages .snakemake
 
@@ -40,3 +45,8 @@ clean:  ## Delete what the pipeline made (artifacts, logs, reports); DVC's cache
 .venv/dev: pyproject.toml | .venv/bin/python
 	$(RUN) python -m pip install --quiet --editable ".[dev]"
 	touch $@ .venv/run
+
+bench/.venv-reference/ready: bench/reference/requirements.txt
+	$(PYTHON) -m venv bench/.venv-reference
+	bench/.venv-reference/bin/python -m pip install --quiet --requirement bench/reference/requirements.txt
+	touch $@
