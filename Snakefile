@@ -76,7 +76,6 @@ wildcard_constraints:
 
 localrules:
     all,
-    select_seed,
 
 
 rule all:
@@ -347,7 +346,7 @@ rule select_seed:
         "benchmarks/select_seed/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=4000,
         runtime=30,
     params:
         version=version("select_seed@{run}"),
@@ -364,10 +363,13 @@ rule post_prune:
         seed_configs=expand("artifacts/runs/{{run}}/seeds/{seed}/config.json", seed=SEEDS),
         seed_histories=expand("artifacts/runs/{{run}}/seeds/{seed}/history.parquet", seed=SEEDS),
         seed_metrics=expand("artifacts/runs/{{run}}/seeds/{seed}/metrics.json", seed=SEEDS),
+        gradients=expand("artifacts/runs/{{run}}/gradients/shard-{shard}.safetensors", shard=SHARDS),
+        rows=expand("artifacts/runs/{{run}}/gradients/shard-{shard}.parquet", shard=SHARDS),
         spec=".stages/post_prune@{run}.spec.json",
     output:
         model=update("artifacts/runs/{run}/model/model.safetensors"),
         config=update("artifacts/runs/{run}/model/config.json"),
+        metrics=update("artifacts/runs/{run}/model/metrics.json"),
         manifest=update("artifacts/manifests/post_prune/{run}.json"),
     log:
         "logs/post_prune/{run}.log",
@@ -375,7 +377,7 @@ rule post_prune:
         "benchmarks/post_prune/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=8000,
         runtime=30,
     params:
         version=version("post_prune@{run}"),

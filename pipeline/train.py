@@ -1,19 +1,21 @@
 """Train one seed of a run on its gradient store; no language model is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gradiend_core.config.section import read_section
 from gradiend_core.config.train import Train
-from gradiend_core.devices import use_deterministic_algorithms
-from gradiend_core.files import write_json
+from gradiend_core.devices import describe_device, pick_device, use_deterministic_algorithms
+from gradiend_core.files import sha256_file, write_json
 from gradiend_core.gradients.store import GradientStore
 from gradiend_core.model.gradiend import CONFIG_FILE, WEIGHTS_FILE
 from gradiend_core.tables import write_table
+from gradiend_core.training.checkpoint import Checkpoints
 from gradiend_core.training.loop import train
 from gradiend_core.training.tables import HISTORY, HISTORY_FILE, METRICS_FILE
-from pipeline.stage import Outputs, stage_parser
+from pipeline.stage import Outputs, code_digest, environment, stage_parser
 
 
 def main(argv: list[str]) -> None:
@@ -27,14 +29,28 @@ def main(argv: list[str]) -> None:
     use_deterministic_algorithms()
     output: Path = arguments.output
     with Outputs("train", arguments.manifest, params.model_dump(), [arguments.gradients]) as outputs:
-        trained = train(GradientStore.open(arguments.gradients), params, arguments.seed)
+        store = GradientStore.open(arguments.gradients)
+        identity = _identity(params, arguments.seed, arguments.gradients)
+        aside = Checkpoints(output / ".partial-resume-checkpoints", identity, limit=params.save_total_limit)
+        checkpoints = outputs.hold(aside)
+        trained = train(store, params, arguments.seed, checkpoints)
         trained.model.save(outputs.path(output / WEIGHTS_FILE), outputs.path(output / CONFIG_FILE))
         write_table(outputs.path(output / HISTORY_FILE), trained.history, HISTORY)
         best = trained.history.loc[trained.history["step"] == trained.best_step].iloc[0]
-        metrics = {
-            name: float(best[name]) for name in HISTORY if name not in {"step", "loss"} and np.isfinite(best[name])
-        }
+        of_training = {"step", "loss", "learning_rate"}
+        metrics = {name: float(best[name]) for name in HISTORY if name not in of_training and np.isfinite(best[name])}
         write_json(
             outputs.path(output / METRICS_FILE), metrics | {"seed": arguments.seed, "best_step": trained.best_step}
         )
         outputs.record(seed=arguments.seed)
+
+
+def _identity(params: Train, seed: int, gradients: Path) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    return {
+        "params": params.model_dump(),
+        "seed": seed,
+        "gradients": {file.name: sha256_file(file) for file in sorted(gradients.glob("shard-*"))},
+        "device": describe_device(pick_device()),
+        "code": code_digest(),
+    } | environment()

@@ -31,8 +31,12 @@ Values = dict[str, Any]
 BATCH_SIZE = 4
 PRUNE_SAMPLES = 8
 TRAINED_SIZE = 64
-STEPS = 20
+STEPS = 100
 LEARNING_RATE = 1e-2
+WEIGHT_DECAY = 1e-2
+ADAM_EPSILON = 1e-8
+# What differs between the trajectories: the optimiser, and the gradient rows of a step (gradiend_batch_size).
+TRAJECTORIES: dict[str, tuple[str, int]] = {"adamw": ("adamw", 1), "adam": ("adam", 1), "two_rows": ("adamw", 2)}
 PARTS = ("encoder-weight", "decoder-weight", "decoder-bias", "decoder-sum")
 REWRITES = ((0.5, 1.0), (0.5, -1.0))
 TARGETS = {name: [word] for name, word in tiny_model.WORDS.items()}
@@ -53,18 +57,6 @@ class RowItems:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
-
-
-class EncodingRecorder(TrainingCallback):
-    """Record, after every optimizer step, the encoding of every source row by the reference's encoder."""
-
-    def __init__(self, sources: torch.Tensor) -> None:
-        self.sources = sources
-        self.encodings: list[torch.Tensor] = []
-
-    def on_step_end(self, step: int, loss: float, model: Any, config: dict[str, Any], **kwargs: Any) -> None:
-        with torch.no_grad():
-            self.encodings.append(model.gradiend.forward_encoder(self.sources).squeeze(1).clone())
 
 
 class Reference:
@@ -161,42 +153,47 @@ class Reference:
         return tensors, values
 
     def training(self) -> tuple[Tensors, Values, Any]:
-        """Twenty steps of the reference's own loop on a pre-pruned GRADIEND (m = 1); also the trained model."""
-        pruned = self.prune("alternative", TRAINED_SIZE, streaming=True, lazy=True)
-        model = pruned["model"]
-        data = self.trainer.create_gradient_training_dataset(self.dataset(BATCH_SIZE), model)
-        batches = list(data)
-        sources = torch.stack([batch["source"] for batch in batches]).detach()
-        targets = torch.stack([batch["target"] for batch in batches]).detach()
-        tensors = {
-            "training.source": sources,
-            "training.target": targets,
-            "training.kept": pruned["kept"].to(torch.int32),
-            **weights(model.gradiend, "training.initial"),
-        }
-        recorder = EncodingRecorder(sources)
-        with torch.no_grad():
-            initial = model.gradiend.forward_encoder(sources).squeeze(1).clone()
-        losses = run_training(model, DataLoader(data, batch_size=1, shuffle=False), recorder)
-        tensors |= weights(model.gradiend, "training.final")
-        tensors["training.encodings"] = torch.stack([initial, *recorder.encodings])
-        tensors["training.losses"] = torch.tensor(losses, dtype=torch.float64)
-        return (
-            tensors,
-            {
-                "adam_epsilon": 1e-8,
+        """A hundred steps of the reference's own loop for every trajectory; also the model of the first one."""
+        tensors: Tensors = {}
+        values: Values = {}
+        models = []
+        for name, (optimizer, rows_per_step) in TRAJECTORIES.items():
+            model, data, start = self.untrained()
+            if tensors and not all(torch.equal(tensors[key], start[key]) for key in start):
+                raise AssertionError("the reference's trajectories do not start alike")
+            tensors |= start
+            loader = DataLoader(data, batch_size=rows_per_step, shuffle=False)
+            tensors |= run_training(model, loader, start["training.source"], optimizer, f"training.{name}")
+            values[name] = {
+                "adam_epsilon": ADAM_EPSILON,
                 "learning_rate": LEARNING_RATE,
                 "loss": "element-mean squared error",
-                "optimizer": "adamw",
+                "optimizer": optimizer,
                 "source": "alternative",
                 "steps": STEPS,
                 "target": "diff",
-                "weight_decay": 1e-2,
-                "row_of_step": [step % len(batches) for step in range(STEPS)],
+                "weight_decay": WEIGHT_DECAY,
+                "rows_of_a_pass": [[int(row) for row in rows] for rows in loader.batch_sampler],
                 "encoder_norm": model.gradiend.encoder_norm,
                 "decoder_norm": model.gradiend.decoder_norm,
+            }
+            models.append(model)
+        return tensors, values, models[0]
+
+    def untrained(self) -> tuple[Any, Any, Tensors]:
+        """A pre-pruned GRADIEND (m = 1), the package's gradient dataset, and what both contain."""
+        pruned = self.prune("alternative", TRAINED_SIZE, streaming=True, lazy=True)
+        data = self.trainer.create_gradient_training_dataset(self.dataset(BATCH_SIZE), pruned["model"])
+        batches = list(data)
+        return (
+            pruned["model"],
+            data,
+            {
+                "training.source": torch.stack([batch["source"] for batch in batches]).detach(),
+                "training.target": torch.stack([batch["target"] for batch in batches]).detach(),
+                "training.kept": pruned["kept"].to(torch.int32),
+                **weights(pruned["model"].gradiend, "training.initial"),
             },
-            model,
         )
 
     def rewriting(self, model: Any) -> tuple[Tensors, Values]:
@@ -253,29 +250,41 @@ def captured_importance(model: Any) -> Iterator[list[torch.Tensor]]:
         del model.prune_gradiend
 
 
-def run_training(model: Any, loader: Any, recorder: TrainingCallback) -> list[float]:
-    """Run the reference's training loop in place on `model` and return the loss of every step."""
+def run_training(model: Any, loader: Any, sources: torch.Tensor, optimizer: str, prefix: str) -> Tensors:
+    """Run the reference's training loop in place on `model`; losses and encodings of every step, the final weights."""
     losses: list[float] = []
+    encodings: list[torch.Tensor] = []
 
-    class LossRecorder(TrainingCallback):
+    def encode() -> None:
+        with torch.no_grad():
+            encodings.append(model.gradiend.forward_encoder(sources).squeeze(1).clone())
+
+    class Recorder(TrainingCallback):
         def on_step_end(self, step: int, loss: float, model: Any, config: dict[str, Any], **kwargs: Any) -> None:
             losses.append(float(loss))
+            encode()
 
+    encode()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=f"{folder}/model",
             learning_rate=LEARNING_RATE,
             max_steps=STEPS,
             num_train_epochs=STEPS,
-            weight_decay=1e-2,
-            adam_epsilon=1e-8,
-            optim="adamw",
+            weight_decay=WEIGHT_DECAY,
+            adam_epsilon=ADAM_EPSILON,
+            optim=optimizer,
+            gradiend_batch_size=loader.batch_size,
             do_eval=False,
             save_only_best=False,
             seed=0,
         )
-        core_train(model, loader, training_args=arguments, callbacks=[recorder, LossRecorder()])
-    return losses
+        core_train(model, loader, training_args=arguments, callbacks=[Recorder()])
+    return {
+        f"{prefix}.losses": torch.tensor(losses, dtype=torch.float64),
+        f"{prefix}.encodings": torch.stack(encodings),
+        **weights(model.gradiend, f"{prefix}.final"),
+    }
 
 
 def weights(gradiend: Any, prefix: str) -> Tensors:

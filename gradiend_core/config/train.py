@@ -1,12 +1,42 @@
 """Parameters of the train stage."""
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from gradiend_core.config.section import Section
+from gradiend_core.config.section import Section, near_miss
 
 Quantity = Literal["factual", "alternative", "diff"]
+Objective = Literal["reconstruction", "encoder", "decoder"]
+Activation = Literal["tanh", "relu", "leakyrelu", "gelu", "silu", "elu", "sigmoid", "smht", "id"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
+
+PARAMETERS: Final = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+
+# Where transformers' polynomial schedule ends.
+_POLYNOMIAL_END: Final = 1.0e-7
+
+
+class OptimizerGroup(Section):
+    """Settings of the optimiser for some of the model's parameters; what is null is that of the others."""
+
+    pattern: str = Field(description=f"regular expression, searched for in {', '.join(PARAMETERS)}")
+    learning_rate: float | None = Field(None, gt=0, description="as above, for these parameters")
+    weight_decay: float | None = Field(None, ge=0, description="as above, for these parameters")
+    adam_beta1: float | None = Field(None, ge=0, lt=1, description="as above, for these parameters")
+    adam_beta2: float | None = Field(None, ge=0, lt=1, description="as above, for these parameters")
+    adam_epsilon: float | None = Field(None, gt=0, description="as above, for these parameters")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        return pattern
 
 
 class Train(Section):
@@ -19,17 +49,168 @@ class Train(Section):
         description="scale_free: gradients divided by their root mean square, summed loss, one rate for every size;"
         " reference: raw gradients, element-mean loss (docs/reference.md, BUG-05)",
     )
-    latent_dim: Literal[1] = Field(1, description="encoder units")
-    activation_encoder: Literal["tanh", "smht", "id"] = Field("tanh", description="encoder non-linearity")
-    activation_decoder: Literal["tanh", "smht", "id"] = Field("id", description="decoder non-linearity")
-    bias_decoder: bool = Field(True, description="decoder bias on or off")
-    train_batch_size: int = Field(32, ge=1, description="examples of one transition averaged into one gradient row")
-    gradiend_batch_size: int = Field(1, ge=1, description="gradient rows per optimiser step")
-    max_steps: int = Field(500, ge=1, description="optimiser steps")
-    learning_rate: float = Field(
-        0.01, gt=0, description="constant rate; of the decoder under scale_free, whose encoder takes it divided by √n"
+    supervised_encoder: bool = Field(
+        False, description="baseline: train the encoder alone to give the labels +1 and -1; the decoder stays as it is"
     )
+    supervised_decoder: bool = Field(
+        False, description="baseline: train the decoder alone from the labels +1 and -1; the encoder stays as it is"
+    )
+    latent_dim: int = Field(1, ge=1, description="encoder units; the first is the one that is evaluated")
+    activation_encoder: Activation = Field(
+        "tanh", description="encoder non-linearity; only tanh, smht and id can be turned to have the first class at +1"
+    )
+    activation_decoder: Activation = Field("id", description="decoder non-linearity")
+    bias_decoder: bool = Field(True, description="decoder bias on or off")
+    train_max_size: int | None = Field(
+        None, ge=1, description="training rows per transition, drawn by the seed; null takes all"
+    )
+    train_batch_size: int = Field(32, ge=1, description="examples of one transition averaged into one gradient row")
+    gradiend_batch_size: int = Field(1, ge=1, description="gradient rows per forward and backward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes whose gradients make one optimiser step")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="gradient rows per optimiser step, as a check:"
+        " gradiend_batch_size times gradient_accumulation_steps; null leaves it to them",
+    )
+    max_steps: int = Field(
+        500, description="optimiser steps; -1: as num_train_epochs says, which is the default once that is given"
+    )
+    num_train_epochs: float = Field(
+        -1.0,
+        ge=-1,
+        description="passes over the rows of the largest transition, of which the smaller ones take as many batches;"
+        " may be a fraction; a max_steps above 0 overrides it; -1: none",
+    )
+    learning_rate: float = Field(
+        0.01, gt=0, description="peak rate; of the decoder under scale_free, whose encoder takes it divided by √n"
+    )
+    lr_scheduler_type: Schedule = Field("constant", description="learning-rate schedule, as in transformers")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="the same as a share of all steps, rounded up")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="first beta of Adam")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="second beta of Adam")
     adam_epsilon: float = Field(1.0e-8, gt=0, description="epsilon of Adam")
     optim: Literal["adamw", "adam"] = Field("adamw", description="optimiser")
-    eval_steps: int = Field(50, ge=1, description="steps between evaluations on the validation split")
+    optimizer_groups: list[OptimizerGroup] = Field(
+        [],
+        description="`{pattern: …}` with other learning_rate, weight_decay, adam_beta1, adam_beta2 or adam_epsilon for"
+        " the parameters in which the regular expression is found; the first that fits counts. Parameters are"
+        f" {', '.join(PARAMETERS)}",
+    )
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="gradients of all parameters together are scaled down to this norm; null: never"
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = Field(
+        "steps", description="when to evaluate on the validation split; the last step always is"
+    )
+    eval_steps: int = Field(50, ge=1, description="steps between evaluations (eval_strategy steps)")
+    eval_delay: int = Field(
+        0, ge=0, description="steps (epochs, if eval_strategy is epoch) before the first evaluation; 0 evaluates step 0"
+    )
+    metric_for_best_model: Literal["correlation", "loss", "r2"] = Field(
+        "correlation", description="validation metric by which the best step is told; of the correlation its magnitude"
+    )
+    greater_is_better: bool | None = Field(
+        None, description="whether more of that metric is better; null: yes for correlation and r2, no for loss"
+    )
+    load_best_model_at_end: bool = Field(True, description="keep the model of the best evaluation; false: of the last")
+    save_strategy: Literal["no", "steps", "epoch"] = Field(
+        "steps", description="when to save what an interrupted training continues from; it goes when training is done"
+    )
+    save_steps: int = Field(100, ge=1, description="steps between saves (save_strategy steps)")
+    save_total_limit: int = Field(1, ge=1, description="saves kept, the newest ones")
+    logging_steps: int = Field(0, ge=0, description="steps between log lines; 0: none")
+    logging_first_step: bool = Field(False, description="log the first step, too")
+    detect_anomaly: bool = Field(
+        False, description="differentiate with torch's anomaly detection, which names the operation that made a NaN"
+    )
+    float32_matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="precision of float32 matrix products, as torch.set_float32_matmul_precision has it"
+    )
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_or_none(cls, steps: int) -> int:
+        if steps == 0 or steps < -1:
+            raise ValueError("must be -1, or greater than or equal to 1")
+        return steps
+
+    @property
+    def objective(self) -> Objective:
+        """What is trained: both parts on the reconstruction, or one of them on the labels."""
+        return "encoder" if self.supervised_encoder else "decoder" if self.supervised_decoder else "reconstruction"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that are trained."""
+        names = PARAMETERS if self.bias_decoder else PARAMETERS[:-1]
+        return tuple(name for name in names if self.objective in {"reconstruction", name.partition(".")[0]})
+
+    def group_of(self, parameter: str) -> OptimizerGroup | None:
+        """The first of the optimiser groups that a parameter belongs to, if any."""
+        return next((group for group in self.optimizer_groups if re.search(group.pattern, parameter)), None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_the_default_steps(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "num_train_epochs" in data and "max_steps" not in data:
+            return {**data, "max_steps": -1}
+        return data
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        problems = [*self._of_batches(), *self._of_steps(), *self._of_groups(), *self._of_supervision()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _of_batches(self) -> list[str]:
+        product = self.gradiend_batch_size * self.gradient_accumulation_steps
+        if self.batch_size is None or self.batch_size == product:
+            return []
+        if self.gradiend_batch_size > self.batch_size:
+            return [f"gradiend_batch_size {self.gradiend_batch_size} exceeds batch_size {self.batch_size}"]
+        return [
+            f"batch_size {self.batch_size} is not gradiend_batch_size * gradient_accumulation_steps ="
+            f" {self.gradiend_batch_size} * {self.gradient_accumulation_steps} = {product}"
+        ]
+
+    def _of_steps(self) -> list[str]:
+        problems = []
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            problems.append("nothing to train: give max_steps or num_train_epochs a value above 0")
+        if self.warmup_steps and self.warmup_ratio:
+            problems.append("warmup_steps and warmup_ratio are the same thing: give one of them")
+        if (self.warmup_steps or self.warmup_ratio) and self.lr_scheduler_type == "constant":
+            problems.append("lr_scheduler_type constant has no warm-up: take constant_with_warmup")
+        if 0 < self.max_steps < self.warmup_steps:
+            problems.append(f"warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}")
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
+            problems.append(f"lr_scheduler_type polynomial ends at {_POLYNOMIAL_END:g}: take a higher learning_rate")
+        return problems
+
+    def _of_groups(self) -> list[str]:
+        names = self.parameters
+        used = [self.group_of(name) for name in names]
+        problems = []
+        for number, group in enumerate(self.optimizer_groups):
+            where = f"optimizer_groups[{number}].pattern {group.pattern!r}"
+            if not any(re.search(group.pattern, name) for name in names):
+                problems.append(f"{where} is found in no trained parameter{near_miss(group.pattern, names)}")
+            elif not any(group is other for other in used):
+                problems.append(f"{where}: its parameters belong to an earlier group; put it first")
+        return problems
+
+    def _of_supervision(self) -> list[str]:
+        problems = []
+        if self.supervised_encoder and self.supervised_decoder:
+            problems.append("supervised_encoder and supervised_decoder: give one of them")
+        if self.objective != "reconstruction" and self.latent_dim > 1:
+            problems.append(f"a supervised {self.objective} has one label per row: latent_dim must be 1")
+        if self.objective == "decoder" and self.metric_for_best_model == "correlation":
+            problems.append("supervised_decoder leaves the encoder as it is: set metric_for_best_model to loss or r2")
+        if self.objective == "encoder" and self.metric_for_best_model == "r2":
+            problems.append("supervised_encoder leaves the decoder as it is: set metric_for_best_model to correlation")
+        return problems

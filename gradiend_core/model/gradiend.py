@@ -1,14 +1,15 @@
 """The GRADIEND encoder-decoder and its files (semantics, section 1)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradiend_core.config.section import near_miss
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import damaged, read_json, write_json
 from gradiend_core.gradients.selection import Selection, top_k
@@ -21,25 +22,40 @@ FORMAT_VERSION: Final = 1
 Quantity = Literal["factual", "alternative", "diff"]
 Part = Literal["encoder-weight", "decoder-weight", "decoder-bias", "decoder-sum"]
 
-# Odd functions, so that turning the model around keeps what it computes.
+# By the reference's names. Its encoder's `id` is a LayerNorm of one number, hence constant (BUG-11); this is x.
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "tanh": torch.tanh,
+    "relu": F.relu,
+    "leakyrelu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "sigmoid": torch.sigmoid,
     "smht": F.hardtanh,
     "id": lambda x: x,
 }
+# f(-x) = -f(x): encoders whose encodings can be negated without changing what is computed from them.
+ODD_ACTIVATIONS: Final = frozenset({"tanh", "smht", "id"})
+
+# Matrix products of BLAS count in 32-bit integers; wider layers are computed in pieces.
+_WIDEST = 2**31 - 1
 
 
 class GradiendModel(nn.Module):
     """h = f(W_e s/c_s + b_e) and ŷ = c_y · k(W_d h + b_d), for gradients s and y at the entries of a selection.
 
     c_s and c_y are the stored scales of source and target gradients (both 1 under `reference` scaling), so that
-    `encode` takes and `decode` gives true gradient units. h has `latent_dim` entries.
+    `encode` takes and `decode` gives true gradient units. h has `latent_dim` entries. f and k are `ACTIVATIONS`, named
+    in any casing. Weights are float32, whatever torch's default is.
 
     Attributes:
         selection: the n base-model entries that the vectors stand for.
         source, target: which gradients were encoded and decoded.
         target_classes: h is about +1 for gradients of the first class and -1 for the second.
         metadata: where the model comes from (base model, seed, …); JSON-able.
+
+    Raises:
+        GradiendError: for an unknown activation, or less than one latent.
     """
 
     def __init__(
@@ -62,23 +78,30 @@ class GradiendModel(nn.Module):
         self.target_classes = target_classes
         self.source: Quantity = source
         self.target: Quantity = target
-        self.activation_encoder, self.activation_decoder = activation_encoder, activation_decoder
+        self.activation_encoder = _known("activation_encoder", activation_encoder.lower(), list(ACTIVATIONS))
+        self.activation_decoder = _known("activation_decoder", activation_decoder.lower(), list(ACTIVATIONS))
+        if latent_dim < 1:
+            raise GradiendError(f"latent_dim: must be at least 1, not {latent_dim}")
         self.source_scale, self.target_scale = source_scale, target_scale
         self.metadata = metadata or {}
         n = selection.n
-        self.encoder = nn.utils.skip_init(nn.Linear, n, latent_dim)  # type: ignore[no-untyped-call]
-        self.decoder = nn.utils.skip_init(nn.Linear, latent_dim, n, bias=bias_decoder)  # type: ignore[no-untyped-call]
+        kind: dict[str, Any] = {"dtype": torch.float32}
+        self.encoder = nn.utils.skip_init(nn.Linear, n, latent_dim, **kind)  # type: ignore[no-untyped-call]
+        self.decoder = nn.utils.skip_init(nn.Linear, latent_dim, n, bias=bias_decoder, **kind)  # type: ignore[no-untyped-call]
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def reset_parameters(self, seed: int, *, zero_decoder_bias: bool) -> None:
-        """The reference's initialisation: W_e, b_e uniform on ±1/√n, then W_d (and b_d) uniform on ±max(W_e)."""
+        """The reference's initialisation: W_e, b_e uniform on ±1/√n, then W_d (and b_d) uniform on ±|max(W_e)|.
+
+        The largest weight of a few entries may be negative, where the reference fails; its size is taken.
+        """
         random = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(self.selection.n)
         with torch.no_grad():
             self.encoder.weight.uniform_(-bound, bound, generator=random)
             self.encoder.bias.uniform_(-bound, bound, generator=random)
-            largest = float(self.encoder.weight.max())
+            largest = abs(float(self.encoder.weight.max()))
             self.decoder.weight.uniform_(-largest, largest, generator=random)
             if self.decoder.bias is not None:
                 spread = 0.0 if zero_decoder_bias else largest
@@ -86,21 +109,44 @@ class GradiendModel(nn.Module):
 
     def encode(self, gradients: Tensor) -> Tensor:
         """Encodings [N, latent_dim] of source gradients [N, n]."""
-        return ACTIVATIONS[self.activation_encoder](self.encoder(gradients / self.source_scale))
+        scaled = gradients.float() / self.source_scale
+        return ACTIVATIONS[self.activation_encoder](_wide_input(scaled, self.encoder.weight, self.encoder.bias))
 
     def decode(self, encodings: Tensor) -> Tensor:
         """Target gradients [N, n] that belong to encodings [N, latent_dim]."""
-        return self.target_scale * ACTIVATIONS[self.activation_decoder](self.decoder(encodings))
+        decoded = _wide_output(encodings, self.decoder.weight, self.decoder.bias)
+        return self.target_scale * ACTIVATIONS[self.activation_decoder](decoded)
 
     def forward(self, gradients: Tensor) -> Tensor:
         """Reconstructed target gradients [N, n] of source gradients [N, n]."""
         return self.decode(self.encode(gradients))
 
-    def flip(self) -> None:
-        """Negate every encoding and keep every reconstruction: W_e, b_e and W_d change sign, b_d stays (BUG-03)."""
+    @property
+    def can_flip(self) -> bool:
+        """Whether `flip` exists for the encoder's activation."""
+        return self.activation_encoder in ODD_ACTIVATIONS
+
+    def flip(self, latents: Sequence[int] | None = None) -> None:
+        """Negate the encodings of some latents (all by default) and keep every reconstruction.
+
+        Their rows of W_e and b_e and their columns of W_d change sign; b_d stays (BUG-03), and so may the decoder's
+        activation be any. The encoder's must be odd: f(-x) = -f(x). For relu, leakyrelu, gelu, silu and elu f(-x) is
+        no affine function of f(x), and W_d and b_d could undo no other. For sigmoid it is, f(-x) = 1 - f(x), at the
+        price of another b_d; but its encodings stay positive, so that turned around or not it does not tell the
+        classes apart by their signs.
+
+        Raises:
+            GradiendError: when the encoder's activation is not odd.
+        """
+        if not self.can_flip:
+            raise GradiendError(
+                f"activation_encoder {self.activation_encoder!r} is not odd: negating its encodings changes what the"
+                f" model computes. Take one of {', '.join(sorted(ODD_ACTIVATIONS))} to have encodings turned around."
+            )
+        chosen = slice(None) if latents is None else list(latents)
         with torch.no_grad():
-            for parameter in (self.encoder.weight, self.encoder.bias, self.decoder.weight):
-                parameter.neg_()
+            for part in (self.encoder.weight, self.encoder.bias, self.decoder.weight.T):
+                part[chosen] = -part[chosen]
 
     def strengthening_factor(self, target_class: str) -> float:
         """The feature factor φ (+1 or -1) whose decoded update makes `target_class` more likely (semantics 3).
@@ -115,8 +161,9 @@ class GradiendModel(nn.Module):
         return direction if (self.source == "alternative") != (self.target == "alternative") else -direction
 
     def importance(self, part: Part = "decoder-weight") -> Tensor:
-        """Non-negative score of each entry [n] (semantics 1.2)."""
-        bias = torch.zeros(self.selection.n) if self.decoder.bias is None else self.decoder.bias
+        """Non-negative score of each entry [n], summed over latents (semantics 1.2)."""
+        _known("part", part, list(get_args(Part)))
+        bias = self.encoder.weight.new_zeros(self.selection.n) if self.decoder.bias is None else self.decoder.bias
         scores: dict[Part, Tensor] = {
             "encoder-weight": self.encoder.weight.abs().sum(0),
             "decoder-weight": self.decoder.weight.abs().sum(1),
@@ -125,9 +172,36 @@ class GradiendModel(nn.Module):
         }
         return scores[part].detach()
 
-    def prune(self, topk: int | float, part: Part = "decoder-weight") -> "GradiendModel":
-        """A model of the most important entries only, other weights kept."""
-        coordinates = top_k(self.importance(part), topk)
+    def prune(
+        self,
+        topk: int | float | None = None,
+        part: Part = "decoder-weight",
+        *,
+        threshold: float | None = None,
+        mask: Tensor | None = None,
+    ) -> "GradiendModel":
+        """A model of the most important entries only, other weights kept; it equals this model with the rest at 0.
+
+        Criteria apply in this order (semantics 5): `mask`, the importance reaches `threshold`, and the `topk` among
+        those that remain (a count, or a fraction of them, rounded up). None leaves a criterion out.
+
+        Args:
+            part: the weights whose `importance` decides.
+            threshold: in units of the weights, i.e. of gradients divided by the stored scales.
+            mask: entries that may stay [n] (bool).
+
+        Raises:
+            GradiendError: when no entry is left, or `mask` is not a mask of n entries.
+        """
+        n, importance = self.selection.n, self.importance(part)
+        candidates = torch.arange(n) if mask is None else _mask_positions(mask, n)
+        left = importance[candidates.to(importance.device)]
+        if threshold is not None and threshold > (largest := float(left.max())):
+            raise GradiendError(
+                f"threshold: no entry's {part} importance reaches {threshold:g}, the largest is {largest:g}. Lower it,"
+                " or choose entries by topk alone."
+            )
+        coordinates = candidates[top_k(left, topk, threshold=threshold or 0.0)]
         pruned = self._like(self.selection.prune(coordinates))
         with torch.no_grad():
             pruned.encoder.weight.copy_(self.encoder.weight[:, coordinates])
@@ -173,11 +247,50 @@ class GradiendModel(nn.Module):
         config_file, weights_file = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
         config, tensors = read_json(config_file), load_tensors(weights_file)
         try:
-            if config["format_version"] != FORMAT_VERSION:
-                raise damaged(config_file, f"format version {config['format_version']}, not {FORMAT_VERSION}")
-            arguments = config["gradiend"] | {"target_classes": tuple(config["gradiend"]["target_classes"])}
-            model = cls(Selection.from_tensors(tensors, config["mapping"]), **arguments)
-            model.load_state_dict({name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")})
+            version, written = config["format_version"], config["gradiend"]
+            if version == FORMAT_VERSION:
+                arguments = written | {"target_classes": tuple(written["target_classes"])}
+                model = cls(Selection.from_tensors(tensors, config["mapping"]), **arguments)
+                weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
+                model.load_state_dict(weights)
+                return model
         except (KeyError, TypeError, RuntimeError) as error:
             raise damaged(config_file, f"it does not fit {weights_file.name} ({error})") from None
-        return model
+        except GradiendError as error:
+            raise GradiendError(f"{config_file}: {error}") from None
+        raise damaged(config_file, f"format version {version}, not {FORMAT_VERSION}")
+
+
+def _known(parameter: str, value: str, allowed: list[str]) -> str:
+    if value not in allowed:
+        raise GradiendError(f"{parameter} {value!r} is not known{near_miss(value, allowed)}")
+    return value
+
+
+def _mask_positions(mask: Tensor, n: int) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != (n,) or not mask.any():
+        raise GradiendError(
+            f"mask: must be a bool tensor [{n}], true for at least one entry, not {mask.dtype} {list(mask.shape)}"
+            f" with {int(mask.count_nonzero())} true"
+        )
+    return mask.cpu().nonzero()[:, 0]
+
+
+def _wide_input(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b for any number of inputs: pieces of x [N, inputs] and W [outputs, inputs] are multiplied and added."""
+    if x.shape[1] <= _WIDEST:
+        return F.linear(x, weight, bias)
+    (first, *others), (first_weight, *weights) = torch.split(x, _WIDEST, 1), torch.split(weight, _WIDEST, 1)
+    result = F.linear(first, first_weight, bias)
+    for piece, piece_weight in zip(others, weights, strict=True):
+        result = result + F.linear(piece, piece_weight)
+    return result
+
+
+def _wide_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for any number of outputs, computed piece by piece."""
+    if len(weight) <= _WIDEST:
+        return F.linear(x, weight, bias)
+    weights = torch.split(weight, _WIDEST)
+    biases = [None] * len(weights) if bias is None else torch.split(bias, _WIDEST)
+    return torch.cat([F.linear(x, *piece) for piece in zip(weights, biases, strict=True)], 1)

@@ -26,7 +26,7 @@ FILES = {
     "cache_gradients": ["shard-{shard}.safetensors", "shard-{shard}.parquet"],
     "train": ["model.safetensors", "config.json", "history.parquet", "metrics.json"],
     "select_seed": [""],
-    "post_prune": ["model.safetensors", "config.json"],
+    "post_prune": ["model.safetensors", "config.json", "metrics.json"],
     "evaluate_encoder": ["encodings.parquet", "metrics.json", "details.json"],
     "evaluate_decoder": ["grid.parquet", "metrics.json"],
     "rewrite_model": [f"{{target}}/{name}" for name in ["README.md", *MODEL]],

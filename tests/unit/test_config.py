@@ -45,7 +45,7 @@ def test_parameter_page_is_current() -> None:
 
 def test_parameter_page_names_every_key_with_type_default_and_meaning() -> None:
     page = parameter_reference()
-    assert "| `max_steps` | integer >= 1 | `500` | optimiser steps |" in page
+    assert "| `eval_steps` | integer >= 1 | `50` |" in page
     assert "| `optim` | one of `adamw`, `adam` | `adamw` |" in page
     assert "| `max_size` | integer >= 1 or null | `null` |" in page
     assert "| `adam_epsilon` | number > 0 | `1.0e-8` |" in page

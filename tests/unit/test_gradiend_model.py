@@ -1,6 +1,7 @@
 """The encoder-decoder: its function, its files, and the operations that must not change what it computes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from gradiend_core.errors import GradiendError
-from gradiend_core.gradients.selection import Selection
-from gradiend_core.model.gradiend import ACTIVATIONS, CONFIG_FILE, WEIGHTS_FILE, GradiendModel
+from gradiend_core.gradients.selection import Selection, top_k
+from gradiend_core.model.gradiend import ACTIVATIONS, CONFIG_FILE, ODD_ACTIVATIONS, WEIGHTS_FILE, GradiendModel
 from gradiend_core.tensors import save_tensors
 
 Quantity = Literal["factual", "alternative", "diff"]
@@ -122,16 +123,141 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         GradiendModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("latent_dim", [1, 3])
+@pytest.mark.parametrize("activation", sorted(ODD_ACTIVATIONS))
 @pytest.mark.parametrize("decoder", sorted(ACTIVATIONS))
-def test_flip_negates_encodings_and_keeps_reconstructions(activation: str, decoder: str) -> None:
-    model = make(activation_encoder=activation, activation_decoder=decoder)
+def test_flip_negates_encodings_and_keeps_reconstructions(activation: str, decoder: str, latent_dim: int) -> None:
+    model = make(activation_encoder=activation, activation_decoder=decoder, latent_dim=latent_dim)
     encoded, decoded, bias = model.encode(vectors()), model(vectors()), model.decoder.bias.clone()
     model.flip()
     assert torch.equal(model.encode(vectors()), -encoded)
     torch.testing.assert_close(model(vectors()), decoded, rtol=0, atol=1e-6)
     assert torch.equal(model.decoder.bias, bias)  # BUG-03
     assert bias.abs().max() > 0.01
+
+
+def test_flip_of_some_latents_leaves_the_others() -> None:
+    model = make(latent_dim=3)
+    encoded, decoded = model.encode(vectors()), model(vectors())
+    model.flip([0, 2])
+    torch.testing.assert_close(model.encode(vectors()), encoded * torch.tensor([-1.0, 1.0, -1.0]), rtol=0, atol=0)
+    torch.testing.assert_close(model(vectors()), decoded, rtol=0, atol=1e-6)
+    model.flip([])
+    assert torch.equal(model.encode(vectors())[:, 1], encoded[:, 1])
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_flip_exists_exactly_for_odd_encoders(activation: str) -> None:
+    x = torch.linspace(-3, 3, 61)
+    f = ACTIVATIONS[activation]
+    odd = torch.allclose(f(-x), -f(x), atol=1e-6)
+    model = make(activation_encoder=activation)
+    assert model.can_flip == odd
+    if not odd:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(GradiendError, match=f"'{activation}' is not odd.*id, smht, tanh"):
+            model.flip()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", ["relu", "leakyrelu", "gelu", "silu", "elu"])
+def test_no_affine_rule_turns_the_other_activations_around(activation: str) -> None:
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    f = ACTIVATIONS[activation]
+    columns = torch.stack([f(x), torch.ones_like(x)], 1)
+    best = columns @ torch.linalg.lstsq(columns, f(-x)[:, None]).solution
+    assert float((best[:, 0] - f(-x)).abs().max()) > 0.1
+
+
+def test_activations_are_the_reference_functions() -> None:
+    modules = {
+        "tanh": torch.nn.Tanh(),
+        "relu": torch.nn.ReLU(),
+        "leakyrelu": torch.nn.LeakyReLU(),
+        "gelu": torch.nn.GELU(),
+        "silu": torch.nn.SiLU(),
+        "elu": torch.nn.ELU(),
+        "sigmoid": torch.nn.Sigmoid(),
+        "smht": torch.nn.Hardtanh(),
+        "id": torch.nn.Identity(),
+    }
+    assert modules.keys() == ACTIVATIONS.keys()
+    for name, module in modules.items():
+        model, bare = (make(activation_encoder=encoder, activation_decoder=encoder) for encoder in (name, "id"))
+        source = 10 * vectors()
+        hidden = module(bare.encode(source))
+        torch.testing.assert_close(model.encode(source), hidden)
+        torch.testing.assert_close(model.decode(hidden), 3.0 * module(bare.decode(hidden) / 3.0))
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_encoder_id_is_the_identity(latent_dim: int) -> None:
+    """BUG-11: the reference normalises each encoding on its own, to a constant, and fails for several latents."""
+    model, source = make(activation_encoder="id", latent_dim=latent_dim), vectors()
+    encoded = model.encode(source).detach()
+    torch.testing.assert_close(encoded, (source / 0.5 @ model.encoder.weight.T + model.encoder.bias).detach())
+    assert float(encoded.std(0).min()) > 0.1
+    assert not torch.nn.functional.layer_norm(encoded[:, :1], (1,)).any()
+
+
+@pytest.mark.parametrize("side", ["activation_encoder", "activation_decoder"])
+def test_unknown_activations_are_refused_with_the_nearest_name(side: str) -> None:
+    with pytest.raises(GradiendError, match=f"^{side} 'sigmod' is not known; did you mean 'sigmoid'"):
+        make(**{side: "sigmod"})
+    with pytest.raises(GradiendError, match="allowed: tanh, relu, leakyrelu, gelu, silu, elu, sigmoid, smht, id"):
+        make(**{side: "?"})
+    assert torch.equal(make(**{side: "GELU"})(vectors()), make(**{side: "gelu"})(vectors()))
+
+
+def test_unknown_part_and_no_latent_are_refused() -> None:
+    part: Any = "decoder_weight"
+    with pytest.raises(GradiendError, match="part 'decoder_weight' is not known; did you mean 'decoder-weight'"):
+        make().importance(part)
+    with pytest.raises(GradiendError, match="latent_dim: must be at least 1, not 0"):
+        make(latent_dim=0)
+
+
+def test_an_unknown_activation_in_a_file_names_the_file(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = tmp_path / CONFIG_FILE
+    config.write_text(config.read_text().replace('"tanh"', '"tahn"'))
+    with pytest.raises(GradiendError, match=r"config\.json: .*'tahn' is not known; did you mean 'tanh'"):
+        GradiendModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_layers_wider_than_blas_counts_are_computed_in_pieces(latent_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [make(latent_dim=latent_dim, bias_decoder=bias) for bias in (True, False)]
+    whole = [(model.encode(vectors()), model(vectors())) for model in models]
+    for width in (1, 5, 12, 13):
+        monkeypatch.setattr("gradiend_core.model.gradiend._WIDEST", width)
+        for model, (encoded, decoded) in zip(models, whole, strict=True):
+            torch.testing.assert_close(model.encode(vectors()), encoded)
+            torch.testing.assert_close(model(vectors()), decoded)
+
+
+def test_weights_are_float32_and_any_gradient_is_taken() -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = make()
+    finally:
+        torch.set_default_dtype(default)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    for dtype in (torch.float64, torch.bfloat16):
+        source = vectors().to(dtype)
+        assert torch.equal(model(source), model(source.float()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_entry_can_be_initialised(seed: int) -> None:
+    model = GradiendModel(Selection.everything({"a": torch.zeros(1)}), target_classes=("A", "B"))
+    model.reset_parameters(seed, zero_decoder_bias=False)
+    largest, weight, bias = (
+        model.state_dict()[name].abs() for name in ("encoder.weight", "decoder.weight", "decoder.bias")
+    )
+    assert 0 < float(weight) <= float(largest)
+    assert float(bias) <= float(largest)
 
 
 def test_importance_formulas() -> None:
@@ -146,18 +272,72 @@ def test_importance_formulas() -> None:
     assert torch.equal(without.importance("decoder-sum"), without.importance("decoder-weight"))
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_pruning_equals_dropping_entries(part: Part) -> None:
-    model, source = make(), vectors()
-    pruned = model.prune(5, part)
-    kept = model.importance(part).topk(5).indices.sort().values
-    assert torch.equal(pruned.selection.base_global_indices(), model.selection.base_global_indices()[kept])
+def masked(model: GradiendModel, kept: torch.Tensor) -> GradiendModel:
+    """The same model with the weights of all other entries at 0."""
+    copied = model._like(model.selection)
     with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            mask = torch.zeros(13).index_fill(0, kept, 1)
+            shaped = {"encoder.weight": mask, "decoder.weight": mask[:, None], "decoder.bias": mask}
+            copied.state_dict()[name].copy_(tensor * shaped.get(name, 1))
+    return copied
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("latent_dim", [1, 3])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pruned_model_equals_the_masked_full_model(part: Part, latent_dim: int, bias: bool) -> None:
+    model, source = make(latent_dim=latent_dim, bias_decoder=bias, activation_decoder="tanh"), vectors()
+    for topk in (1, 5, 13):
+        pruned = model.prune(topk, part)
+        kept = top_k(model.importance(part), topk)
+        full = masked(model, kept)
+        assert torch.equal(pruned.selection.base_global_indices(), model.selection.base_global_indices()[kept])
+        torch.testing.assert_close(pruned.encode(source[:, kept]), full.encode(source))
+        torch.testing.assert_close(pruned(source[:, kept]), full(source)[:, kept])
         dropped = torch.ones(13, dtype=torch.bool).index_fill(0, kept, False)
-        model.encoder.weight[:, dropped] = 0
-    torch.testing.assert_close(pruned.encode(source[:, kept]), model.encode(source))
-    torch.testing.assert_close(pruned(source[:, kept]), model(source)[:, kept])
-    assert pruned._arguments() == model._arguments()
+        assert not full(source)[:, dropped].any()
+        assert pruned._arguments() == model._arguments()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_mask_then_threshold_then_topk(part: Part) -> None:
+    model = make(latent_dim=2)
+    importance = model.importance(part)
+    random = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        mask = torch.rand(13, generator=random) < 0.7
+        threshold = float(importance.quantile(float(torch.rand((), generator=random)) * 0.6))
+        if not (mask & (importance >= threshold)).any():
+            continue
+        left = [i for i in range(13) if mask[i] and importance[i] >= threshold]
+        for topk in (None, 3, 0.5, 1.0):
+            limit = len(left) if topk is None else math.ceil(topk * len(left)) if isinstance(topk, float) else topk
+            count = min(limit, len(left))
+            best = sorted(sorted(left, key=lambda i: -float(importance[i]))[:count])
+            pruned = model.prune(topk, part, threshold=threshold, mask=mask)
+            expected = model.selection.base_global_indices()[torch.tensor(best)]
+            assert torch.equal(pruned.selection.base_global_indices(), expected)
+
+
+def test_pruning_by_nothing_keeps_everything() -> None:
+    assert torch.equal(make().prune()(vectors()), make()(vectors()))
+
+
+def test_threshold_that_no_entry_reaches_is_refused() -> None:
+    model = make()
+    largest = float(model.importance("encoder-weight").max())
+    assert model.prune(part="encoder-weight", threshold=largest).selection.n == 1
+    with pytest.raises(
+        GradiendError, match="threshold: no entry's encoder-weight importance reaches 9, the largest is"
+    ):
+        model.prune(part="encoder-weight", threshold=9.0)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(12, dtype=torch.bool), torch.ones(13), torch.zeros(13, dtype=torch.bool)])
+def test_what_is_no_mask_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(GradiendError, match=r"mask: must be a bool tensor \[13\]"):
+        make().prune(mask=mask)
 
 
 def test_pruning_to_a_count_or_a_fraction() -> None:

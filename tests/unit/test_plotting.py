@@ -167,6 +167,69 @@ def test_training_with_one_seed_and_no_neutral_rows() -> None:
         assert not any("neutral" in text for text in legend_texts(figure))
 
 
+def detailed(rate: float = 0.05, spread: float = 0.1) -> pd.DataFrame:
+    """A history with the columns that not every training writes."""
+    table = history(rate)
+    rates = np.where(table["step"] == 0, np.nan, 0.01 * (1 - table["step"] / 200))
+    return table.assign(learning_rate=rates, std_positive=spread, std_negative=2 * spread)
+
+
+def bands(axes: Axes) -> list[tuple[list[float], list[float]]]:
+    """The lower and upper edge of every band."""
+    found = []
+    for band in axes.collections:
+        corners = np.asarray(band.get_paths()[0].vertices, float)
+        steps = sorted(set(corners[:, 0]))
+        edges = [corners[corners[:, 0] == step, 1] for step in steps]
+        found.append(([float(edge.min()) for edge in edges], [float(edge.max()) for edge in edges]))
+    return found
+
+
+def test_training_draws_the_learning_rate_where_there_is_one() -> None:
+    histories = {0: detailed(), 1: history(0.08)}
+    panels = training_figure(histories).axes
+    assert [axes.get_ylabel().replace("\n", " ") for axes in panels] == [
+        "training loss",
+        "learning rate",
+        "validation correlation",
+        "mean encoding",
+    ]
+    given = histories[0][["step", "learning_rate"]].dropna()
+    line_with(panels[1], given["step"], given["learning_rate"])
+    assert panels[1].get_ylim()[0] == 0
+    assert panels[1].get_ylim()[1] > given["learning_rate"].max()
+    assert len(training_figure({0: history().assign(learning_rate=np.nan)}).axes) == 3
+
+
+def test_training_draws_the_spread_of_the_selected_seed() -> None:
+    table = detailed()
+    figure = training_figure({0: detailed(0.02), 1: table})
+    edges = bands(figure.axes[-1])
+    for (low, high), side, spread in zip(edges, ("positive", "negative"), (0.1, 0.2), strict=True):
+        assert low == pytest.approx((table[f"mean_{side}"] - spread).tolist())
+        assert high == pytest.approx((table[f"mean_{side}"] + spread).tolist())
+    assert "± std. dev." in legend_texts(figure)
+    figure = training_figure()
+    assert not bands(figure.axes[-1])
+    assert "± std. dev." not in legend_texts(figure)
+
+
+def test_axis_of_the_means_holds_encodings_without_bounds_and_bands() -> None:
+    assert training_figure().axes[-1].get_ylim() == pytest.approx((-1.08, 1.08))
+    wide = history().assign(mean_positive=3.0)
+    assert training_figure({0: history(), 1: wide}).axes[-1].get_ylim() == pytest.approx((-3.24, 3.24))
+    assert training_figure({0: detailed(spread=2.0)}).axes[-1].get_ylim()[1] > 4.0
+
+
+@pytest.mark.parametrize(("largest", "labels"), [(30.0, ["1", "2", "5", "10", "20"]), (3000.0, [])])
+def test_loss_axis_has_plain_labels_below_two_decades(largest: float, labels: list[str]) -> None:
+    table = history().assign(loss=np.geomspace(largest, 1.0, 6))
+    axis = training_figure({0: table}).axes[0].yaxis
+    shown = [text.get_text() for text in [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]]
+    assert set(labels) <= set(shown)
+    assert not labels or not any("times" in text for text in shown)
+
+
 def test_loss_axis_is_logarithmic_over_a_decade_only() -> None:
     assert training_figure({0: history(0.05)}).axes[0].get_yscale() == "log"
     assert training_figure({0: history(0.002)}).axes[0].get_yscale() == "linear"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -132,8 +133,9 @@ def test_initialisation(values: Values, tensors: Tensors, name: str) -> None:
         assert 0.5 * largest < float(tensor.abs().max()) <= largest
 
 
-def test_trajectory_of_training(reference_model: Loaded, values: Values, tensors: Tensors) -> None:
-    settings = values["training"]
+@pytest.mark.parametrize("name", ["adamw", "adam", "two_rows"])
+def test_trajectory_of_training(reference_model: Loaded, values: Values, tensors: Tensors, name: str) -> None:
+    settings = values["training"][name]
     params = Train.model_validate(
         {
             "scaling": "reference",
@@ -147,13 +149,15 @@ def test_trajectory_of_training(reference_model: Loaded, values: Values, tensors
     optimizer = build_optimizer(model, params)
     source, target = tensors["training.source"], tensors["training.target"]
     losses, encodings = [], [model.encode(source)[:, 0]]
-    for row in settings["row_of_step"]:
-        losses.append(training_step(model, optimizer, source[row : row + 1], target[row : row + 1], "reference"))
+    for rows in islice(cycle(settings["rows_of_a_pass"]), 100):
+        losses.append(training_step(model, optimizer, source[rows], target[rows], "reference"))
         encodings.append(model.encode(source)[:, 0])
-    assert losses == pytest.approx(tensors["training.losses"].tolist(), rel=1e-4)
-    assert error(torch.stack(encodings), tensors["training.encodings"]) <= 1e-4
-    for name in WEIGHTS:
-        assert error(model.state_dict()[name].flatten(), tensors[f"training.final.{name}"].flatten()) <= 1e-4
+    assert losses == pytest.approx(tensors[f"training.{name}.losses"].tolist(), rel=1e-4)
+    for ours, theirs in zip(encodings, tensors[f"training.{name}.encodings"], strict=True):
+        assert error(ours, theirs) <= 1e-4
+    for weight in WEIGHTS:
+        ours, theirs = model.state_dict()[weight], tensors[f"training.{name}.final.{weight}"]
+        assert error(ours.flatten(), theirs.flatten()) <= 1e-4
     assert float(model.encoder.weight.detach().norm()) == pytest.approx(settings["encoder_norm"], rel=1e-4)
 
 
@@ -169,7 +173,7 @@ def test_source_of_the_trajectory_is_our_batch_mean(
 
 @pytest.mark.parametrize("part", get_args(Part))
 def test_importance_and_top_k(reference_model: Loaded, values: Values, tensors: Tensors, part: Part) -> None:
-    model = kept_model(reference_model, tensors, "training.final")
+    model = kept_model(reference_model, tensors, "training.adamw.final")
     importance = model.importance(part)
     assert error(importance, tensors[f"importance.{part}"]) <= 1e-6
     expected = values["importance"][part]
@@ -180,7 +184,7 @@ def test_importance_and_top_k(reference_model: Loaded, values: Values, tensors: 
 
 
 def test_rewriting(reference_model: Loaded, values: Values, tensors: Tensors) -> None:
-    model = kept_model(reference_model, tensors, "training.final")
+    model = kept_model(reference_model, tensors, "training.adamw.final")
     base = reference_model[0]
     before = model.selection.gather(dict(base.named_parameters())).detach()
     assert torch.equal(before, tensors["rewrite.base"])
@@ -199,7 +203,7 @@ def test_word_probabilities(
     scoring = values["scoring"]
     rows = reference_rows.iloc[scoring["rows"]]
     scorer = ClassScorer.prepare(tokenizer, list(rows["masked"]), WORDS, max_length=MAX_LENGTH)
-    gradiend = kept_model(reference_model, tensors, "training.final")
+    gradiend = kept_model(reference_model, tensors, "training.adamw.final")
     found = {"base": scorer.probabilities(base, 3)}
     for number, settings in enumerate(values["rewrite"]["rewrites"]):
         with rewritten(base, gradiend, **settings):
