@@ -43,7 +43,8 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     rows = SIZES[model].rows
     factual, alternative = batch(lm, rows)
     plain = labelled(factual, alternative)
-    exact = flat_pair(parameter_backwards(lm, plain))
+    exact: list[Tensor] = []
+    parameter_backwards(lm, plain, lambda gradients: exact.append(torch.cat([g.flatten() for g in gradients])))
     selections = {ONE: random_selection(lm, 0.01), TEN: random_selection(lm, 0.1)}
     selections[LARGEST] = largest_selection(lm, exact[0], 0.01)
     collectors = {name: GradientCollector(lm, selection) for name, selection in selections.items()}
@@ -78,14 +79,7 @@ def measure_rows(model: str, rounds: int) -> list[float]:
     return [second / SIZES[model].rows for second in seconds]
 
 
-def flat_pair(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The alternative and the diff gradient as one vector each."""
-    half = len(gradients) // 2
-    first, second = (torch.cat([g.flatten() for g in part]) for part in (gradients[:half], gradients[half:]))
-    return first, second
-
-
-def sum_error(model: PreTrainedModel, selection: Selection, rows: Rows, exact: tuple[Tensor, Tensor]) -> float:
+def sum_error(model: PreTrainedModel, selection: Selection, rows: Rows, exact: list[Tensor]) -> float:
     """The larger relative distance of the sum of rows from the plain gradient: both measure the same thing."""
     coordinates = selection.base_global_indices()
     assert len(exact[0]) == sum(p.numel() for p in backbone_parameters(model).values())

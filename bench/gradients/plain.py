@@ -4,7 +4,7 @@ One forward pass with the head at the labelled positions, then one backward pass
 the parameters of the backbone (`parameter_backwards`, the sum over the batch), or to the activations only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from gradiend_core.gradients.objectives import Example
 from gradiend_core.gradients.selection import backbone_parameters
+
+
+Receiver = Callable[[Sequence[Tensor]], object]
 
 
 class Labelled(NamedTuple):
@@ -50,21 +53,19 @@ def losses(model: PreTrainedModel, rows: Labelled) -> tuple[Tensor, Tensor]:
     return (rows.weight * alternative).sum(), (rows.weight * (minus - plus)).sum()
 
 
-def parameter_backwards(model: PreTrainedModel, rows: Labelled) -> list[Tensor]:
-    """The two gradients of all parameters of the backbone, each as one vector's worth of dense tensors in order."""
+def parameter_backwards(model: PreTrainedModel, rows: Labelled, receive: Receiver = lambda gradients: None) -> None:
+    """Hand over the alternative gradient of all parameters of the backbone, in order, and then the diff gradient.
+
+    By default each is dropped at once, so that the second one finds the memory of the first.
+    """
     model.requires_grad_(False)
     parameters = list(backbone_parameters(model).values())
     for parameter in parameters:
         parameter.requires_grad_(True)
     alternative, diff = losses(model, rows)
-    first = torch.autograd.grad(alternative, parameters, retain_graph=True, allow_unused=True)
-    second = torch.autograd.grad(diff, parameters, allow_unused=True)
+    receive(torch.autograd.grad(alternative, parameters, retain_graph=True, materialize_grads=True))
+    receive(torch.autograd.grad(diff, parameters, materialize_grads=True))
     model.requires_grad_(False)
-    return [*_filled(first, parameters), *_filled(second, parameters)]
-
-
-def _filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
 
 
 def activation_backwards(model: PreTrainedModel, rows: Labelled) -> tuple[Tensor, Tensor]:
