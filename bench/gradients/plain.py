@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from gradiend_core.gradients.objectives import Example
 from gradiend_core.gradients.selection import backbone_parameters
 
-
 Receiver = Callable[[Sequence[Tensor]], object]
 
 
