@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gradiend_core.gradients.losses import example_losses, paired_losses, share_input
-from gradiend_core.gradients.objectives import Example, padded_length
+from gradiend_core.gradients.objectives import Example
+from gradiend_core.gradients.products import Scratch, put
 from gradiend_core.gradients.rules import NotSeparatedError, Rule, Use
 from gradiend_core.gradients.selection import Selection
-from gradiend_core.gradients.taps import Sites, Taps
+from gradiend_core.gradients.taps import Receiver, Sites, Taps
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class GradientCollector:
         self.selection = selection
         self._sites = find_sites(model, selection)
         self._rules: dict[tuple[int, type[Rule]], Rule] = {}
+        self._scratch = Scratch()
         starts = torch.tensor([0, *selection.sizes]).cumsum(0).tolist()
         self._spans = [slice(*ends) for ends in pairwise(starts)]
         self.one_by_one = bool(self._sites.without_rule)
@@ -91,26 +93,33 @@ class GradientCollector:
         self, examples: Sequence[Example], losses: Callable[[], tuple[Tensor, ...]], results: Sequence[Tensor]
     ) -> None:
         """For each loss vector [N] that one forward pass of the examples gives: the gradients [N, n] of its entries."""
-        with Taps(self._sites, len(examples), {padded_length(examples)}) as taps, torch.enable_grad():
+        with Taps(self._sites, examples) as taps, torch.enable_grad():
             values = losses()
             for position, (value, rows) in enumerate(zip(values, results, strict=True)):
-                taps.backward(value.sum(), self._adder(rows.zero_()), again=position + 1 < len(values))
+                seen: set[int] = set()
+                taps.backward(value.sum(), self._receiver(rows, seen), again=position + 1 < len(values))
+                for tensor in {*range(len(self._spans))} - seen:
+                    rows[:, self._spans[tensor]].zero_()
 
-    def _adder(self, rows: Tensor) -> Callable[[int, type[Rule], Use, Tensor, Tensor], None]:
-        def add(tensor: int, rule: type[Rule], use: Use, a: Tensor, d: Tensor) -> None:
+    def _receiver(self, rows: Tensor, seen: set[int]) -> Receiver:
+        """Puts gradients in `rows`, whose values mean nothing where a tensor is not among those that were `seen`."""
+
+        def receive(tensor: int, rule: type[Rule], use: Use, a: Tensor, d: Tensor) -> None:
             key = (tensor, rule)
             if key not in self._rules:
                 kept = self.selection.kept[tensor]
-                self._rules[key] = rule(self.selection.shapes[tensor], None if kept is None else kept.to(d.device))
-            span = rows[:, self._spans[tensor]]
+                kept = None if kept is None else kept.to(d.device)
+                self._rules[key] = rule(self.selection.shapes[tensor], kept, self._scratch)
+            span, first = rows[:, self._spans[tensor]], tensor not in seen
+            seen.add(tensor)
             if rows.device == d.device:
-                self._rules[key].add(span, use, a, d)
+                self._rules[key].put(span, use, a, d, first=first)
             else:  # a model spread over several devices
-                part = torch.zeros(span.shape, device=d.device)
-                self._rules[key].add(part, use, a, d)
-                span += part.to(rows.device)
+                part = torch.empty(span.shape, device=d.device)
+                self._rules[key].put(part, use, a, d, first=True)
+                put(span, part.to(rows.device), first)
 
-        return add
+        return receive
 
 
 def find_sites(model: nn.Module, selection: Selection) -> Sites:

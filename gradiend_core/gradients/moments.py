@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from gradiend_core.gradients.labels import Source
 from gradiend_core.gradients.losses import example_losses, paired_losses, share_input
-from gradiend_core.gradients.objectives import Example, padded_length
+from gradiend_core.gradients.objectives import Example
+from gradiend_core.gradients.products import Scratch
 from gradiend_core.gradients.rules import NotSeparatedError, Rule, Use
 from gradiend_core.gradients.taps import Sites, Taps
 from gradiend_core.progress import track
@@ -43,12 +44,17 @@ def second_moment(
     moments = torch.zeros(sum(sizes), device=model.device)
     totals = torch.split(moments, sizes)  # views, filled tensor by tensor
     chunks = [slice(start, start + batch_size) for start in range(0, len(factual), batch_size)]
+    scratch = Scratch()
     sites = Sites.find(model, {p: i for i, p in enumerate(parameters.values())})
     try:
         if sites.without_rule:
             raise NotSeparatedError(f"no rule for the parameters of {', '.join(sites.without_rule)}")
         for chunk in track(chunks, "second moments"):
-            _add_batch(totals, model, sites, list(parameters.values()), factual[chunk], alternative[chunk], source)
+            calls = _calls(model, sites, factual[chunk], alternative[chunk], source)
+            with torch.no_grad():
+                for tensor, (total, parameter) in enumerate(zip(totals, parameters.values(), strict=True)):
+                    n = len(factual[chunk])
+                    total += _sum_of_squares(parameter.shape, calls[tensor], n, scratch).to(total.device)
     except NotSeparatedError as reason:
         logger.info("%s: one example at a time", reason)
         moments.zero_()
@@ -58,47 +64,43 @@ def second_moment(
     return moments.div_(len(factual)).cpu()
 
 
-def _losses(model: PreTrainedModel, factual: Sequence[Example], alternative: Sequence[Example], source: str) -> Tensor:
-    """The loss [N] whose gradient is the one asked for."""
-    if source == "factual":
-        return example_losses(model, factual)
-    if source == "alternative":
-        return example_losses(model, alternative)
-    if all(share_input(plus, minus) for plus, minus in zip(factual, alternative, strict=True)):
-        return paired_losses(model, factual, alternative)[1]
-    return example_losses(model, factual) - example_losses(model, alternative)
+def _losses(
+    model: PreTrainedModel, factual: Sequence[Example], alternative: Sequence[Example], source: str
+) -> Iterator[tuple[Sequence[Example], Callable[[], Tensor]]]:
+    """Losses [N] whose gradients add up to the one asked for, with the examples that each passes through the model."""
+    if source == "diff" and all(share_input(plus, minus) for plus, minus in zip(factual, alternative, strict=True)):
+        yield factual, lambda: paired_losses(model, factual, alternative)[1]
+        return
+    if source in {"factual", "diff"}:
+        yield factual, lambda: example_losses(model, factual)
+    if source in {"alternative", "diff"}:
+        sign = -1 if source == "diff" else 1
+        yield alternative, lambda: sign * example_losses(model, alternative)
 
 
-def _add_batch(
-    totals: Sequence[Tensor],
-    model: PreTrainedModel,
-    sites: Sites,
-    parameters: list[nn.Parameter],
-    factual: Sequence[Example],
-    alternative: Sequence[Example],
-    source: str,
-) -> None:
+def _calls(
+    model: PreTrainedModel, sites: Sites, factual: Sequence[Example], alternative: Sequence[Example], source: str
+) -> Mapping[int, Calls]:
+    """What flows at each use of each tensor, in backward passes of the batch."""
     calls: dict[int, Calls] = defaultdict(list)
-    widths = {padded_length(factual), padded_length(alternative)}
-    with Taps(sites, len(factual), widths) as taps, torch.enable_grad():
-        loss = _losses(model, factual, alternative, source).sum()
-        taps.backward(loss, lambda tensor, *call: calls[tensor].append(call), again=False)
-    with torch.no_grad():
-        for tensor, (total, parameter) in enumerate(zip(totals, parameters, strict=True)):
-            total += _sum_of_squares(parameter.shape, calls[tensor], len(factual)).to(total.device)
+    for examples, losses in _losses(model, factual, alternative, source):
+        with Taps(sites, examples) as taps, torch.enable_grad():
+            taps.backward(losses().sum(), lambda tensor, *call: calls[tensor].append(call), again=False)
+    return calls
 
 
-def _sum_of_squares(shape: tuple[int, ...], calls: Calls, n: int) -> Tensor:
+def _sum_of_squares(shape: tuple[int, ...], calls: Calls, n: int, scratch: Scratch) -> Tensor:
     """Σ_n of the squared gradient of one tensor [numel]; the gradient of an example is the sum over all calls."""
     size = math.prod(shape)
     device = calls[0][3].device if calls else None
     total = torch.zeros(size, device=device)
-    rules = {rule: rule(shape, None) for rule, *_ in calls}
+    rules = {rule: rule(shape, None, scratch) for rule, *_ in calls}
     step = max(1, _CHUNK // (size or 1))
     for start in range(0, n if calls else 0, step):
-        gradients = torch.zeros(min(step, n - start), size, device=device)
-        for rule, use, a, d in calls:
-            rules[rule].add(gradients, use, a[start : start + step], d[start : start + step])
+        gradients = scratch("gradients", total, min(step, n - start), size)
+        for number, (rule, use, a, d) in enumerate(calls):
+            part = slice(start, start + step)
+            rules[rule].put(gradients, use, a[part], d[part], first=number == 0)
         total += gradients.square_().sum(0)
     return total
 
@@ -114,8 +116,8 @@ def _add_one(
     for p in parameters:
         p.requires_grad_(True)
     try:
-        loss = _losses(model, [factual], [alternative], source).sum()
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        losses = [losses() for _, losses in _losses(model, [factual], [alternative], source)]
+        gradients = torch.autograd.grad(torch.cat(losses).sum(), parameters, materialize_grads=True)
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient.flatten().float().square().to(total.device)
     finally:

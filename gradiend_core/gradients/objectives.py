@@ -7,7 +7,7 @@ about how the tokenizer treats spaces around its mask token.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -95,12 +95,35 @@ def padded_length(examples: Sequence[Example]) -> int:
 
 def pad(examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Input ids and attention mask, both [N, T] int64, padded on the right to the longest example."""
-    input_ids = torch.full((len(examples), padded_length(examples)), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        attention_mask[row, : len(example.input_ids)] = 1
-    return input_ids, attention_mask
+    length = padded_length(examples)
+    rows = [[*example.input_ids, *[pad_token_id] * (length - len(example.input_ids))] for example in examples]
+    lengths = torch.tensor([len(example.input_ids) for example in examples])
+    return torch.tensor(rows), (torch.arange(length) < lengths[:, None]).long()
+
+
+class Slots(NamedTuple):
+    """The P scored positions of a batch of N examples, of which none has more than L: example by example, in order."""
+
+    row: Tensor  # [P], the example of each
+    position: Tensor  # [P], its place in the input
+    places: Tensor  # [N, L], where the positions of each example stand among the P; its first one where it has fewer
+    present: Tensor  # [N, L], whether it has so many
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Self:
+        counts = torch.tensor([len(example.positions) for example in examples])
+        present = torch.arange(int(counts.max())) < counts[:, None]
+        first = (counts.cumsum(0) - counts)[:, None]
+        return cls(
+            row=torch.repeat_interleave(counts),
+            position=torch.tensor([position for example in examples for position in example.positions]),
+            places=torch.where(present, first + torch.arange(present.shape[1]), first),
+            present=present,
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return type(self)(*(tensor.to(device) for tensor in self))
 
 
 def _mask_word(mask_token_id: int, encoding: BatchEncoding, row: int, spans: list[tuple[int, int]]) -> Example:

@@ -1,11 +1,11 @@
 """Sums of outer products, one per example, at the kept entries of a matrix."""
 
+import math
 import warnings
-from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # Below this share of kept entries, computing only these is cheaper than the whole product and a gather. Measured on
 # a CPU for 768x768 and 3072x768 matrices: equal at 0.13 (128 positions) to 0.25 (8 positions); on CUDA an estimate.
@@ -14,8 +14,13 @@ _SAMPLED_BELOW = {"cpu": 0.15, "cuda": 0.05}
 # Smaller matrices are done whole: their product fits the processor's cache, and calls cost more than arithmetic.
 _SAMPLED_FROM = 2**16
 
+# With so few positions (a vocabulary head), and below this share, factors are gathered instead: measured on a CPU, 1.2
+# (768 columns) to 6 times faster than sampling at a share of 0.01, equal at 0.05 to 0.1.
+_FEW_POSITIONS = 2
+_FACTORS_BELOW = 0.05
+
 # Entries of whole products held at a time, whatever the batch: on a CPU this many fit the cache.
-_CHUNK = {"cpu": 2**20, "cuda": 2**26}
+_CHUNK = {"cpu": 2**18, "cuda": 2**26}
 
 # Positions are filled up with zeros to a multiple of this: on a CPU two took 2.5 times as long as eight.
 _VECTOR = 8
@@ -24,50 +29,122 @@ _VECTOR = 8
 _SAMPLED_CHUNK = {"cpu": 2**16, "cuda": 2**22}
 
 
-class OuterProduct:
-    """Adds Σ_t left[n, t, :] right[n, t, :]ᵀ to every row n of a matrix of kept entries.
+class Scratch:
+    """Memory for intermediate results, used again and again: fresh pages cost more than the arithmetic on them."""
 
-    Three ways, chosen by shape and share of kept entries only, so that the choice is the same in every run: a whole
-    matrix is accumulated in place; few entries of a large one are *sampled* (`torch.sparse.sampled_addmm` with one
-    block per example on the diagonal); otherwise whole products are formed, a cache-full at a time, and gathered.
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of a shape, with the device and format of `like`; its values mean nothing.
+
+        It shares its memory with the tensors that were given under the same name before.
+        """
+        key, size = (name, like.device, like.dtype), math.prod(shape)
+        if key not in self._flat or self._flat[key].numel() < size:
+            self._flat[key] = like.new_empty(size)
+        return self._flat[key][:size].view(shape)
+
+
+class OuterProduct:
+    """Puts Σ_t left[n, t, :] right[n, t, :]ᵀ in every row n of a matrix of kept entries.
+
+    The way is chosen by shape and share of kept entries, so that it is the same in every run: a whole matrix is
+    accumulated in place; few entries of a large one are *sampled* (`torch.sparse.sampled_addmm` with one block per
+    example on the diagonal) or, at few positions, multiplied from gathered factors; otherwise whole products are
+    formed, a cache-full at a time, and gathered. A `left` that is zero but for a few entries, as the gradient of a
+    difference of two logits is, touches a few rows of the matrix only.
     """
 
-    def __init__(self, shape: tuple[int, ...], kept: Tensor | None) -> None:
+    def __init__(self, shape: tuple[int, ...], kept: Tensor | None, scratch: Scratch) -> None:
         self._rows, self._columns = shape
         self._size = self._rows * self._columns
         self._kept = kept
+        self._count = self._size if kept is None else len(kept)
+        self._scratch = scratch
         self._patterns: dict[int, Tensor] = {}
+        self._blocks: list[tuple[slice, slice, Tensor]] = []
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._lines = Lines(shape, kept)
 
-    def add(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add to `out` [N, kept], given `left` [N, T, rows] and `right` [N, T, columns]."""
+    def put(self, out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+        """Write to `out` [N, kept], or add to it unless `first`; `left` [N, T, rows], `right` [N, T, columns]."""
         left, right = left.to(out.dtype), right.to(out.dtype)
-        if self._kept is None:
-            matrices = out.view(len(out), self._rows, self._columns)
-            for chunk in _chunks(out, self._size, _CHUNK):
-                matrices[chunk].baddbmm_(left[chunk].transpose(1, 2), right[chunk])
-            return
-        sampled = self._size >= _SAMPLED_FROM and len(self._kept) < _SAMPLED_BELOW[out.device.type] * self._size
-        product = self._sampled if sampled else partial(self._gathered, self._buffer(out))
-        chunks = _chunks(out, len(self._kept), _SAMPLED_CHUNK) if sampled else _chunks(out, self._size, _CHUNK)
-        for chunk in chunks:
-            out[chunk] += product(left[chunk], right[chunk])
+        share, few = self._count / self._size, left.shape[1] <= _FEW_POSITIONS
+        if few and self._count > self._rows and 2 * torch.count_nonzero(left) <= self._rows:
+            self._put_lines(out, left, right, first)
+        elif self._kept is None:
+            for chunk in _chunks(len(out), self._size, _CHUNK[out.device.type]):
+                matrices = out[chunk].view(-1, self._rows, self._columns)
+                matrices.baddbmm_(left[chunk].transpose(1, 2), right[chunk], beta=0 if first else 1)
+        elif few and share < _FACTORS_BELOW:
+            self._put_factors(out, left, right, first)
+        elif self._size >= _SAMPLED_FROM and share < _SAMPLED_BELOW[out.device.type]:
+            self._put_sampled(out, left, right, first)
+        else:
+            self._put_gathered(out, left, right, first)
 
-    def _buffer(self, out: Tensor) -> Tensor:
-        # Reused by every chunk: a fresh product would be written to fresh pages of memory each time.
-        chunk = _chunks(out, self._size, _CHUNK)[0]
-        return out.new_empty(min(chunk.stop, len(out)), self._rows, self._columns)
+    def _put_lines(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        example, position, row = left.nonzero(as_tuple=True)
+        lines = left[example, position, row][:, None] * right[example, position]
+        self._lines.add(out.zero_() if first else out, example, row, lines)
 
-    def _gathered(self, buffer: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        product = torch.bmm(left.transpose(1, 2), right, out=buffer[: len(left)])
-        return product.flatten(1).index_select(1, self._kept)  # type: ignore[arg-type]
+    def _put_gathered(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        most = _CHUNK[out.device.type]
+        for rows, span, kept in self._row_blocks(most // self._columns or 1):
+            height = min(rows.stop, self._rows) - rows.start
+            for chunk in _chunks(len(out), height * self._columns, most):
+                some = left[chunk, :, rows].transpose(1, 2)
+                product = self._scratch("product", out, *some.shape[:2], self._columns)
+                torch.bmm(some, right[chunk], out=product)
+                put(out[chunk, span], product.flatten(1).index_select(1, kept), first)
 
-    def _sampled(self, left: Tensor, right: Tensor) -> Tensor:
-        n, positions, _ = left.shape
-        pattern = self._pattern(n, left.device)
+    def _row_blocks(self, height: int) -> list[tuple[slice, slice, Tensor]]:
+        """For each block of matrix rows: them, the span of kept entries in them, and where in the block these are."""
+        if not self._blocks:
+            kept: Tensor = self._kept  # type: ignore[assignment]
+            starts = torch.arange(0, self._rows, height, device=kept.device) * self._columns
+            ends = [*torch.searchsorted(kept, starts).tolist(), len(kept)]
+            spans = [slice(*pair) for pair in pairwise(ends)]
+            rows = [slice(start, start + height) for start in range(0, self._rows, height)]
+            self._blocks = [
+                (block, span, kept[span] - block.start * self._columns)
+                for block, span in zip(rows, spans, strict=True)
+                if span.stop > span.start
+            ]
+        return self._blocks
+
+    def _put_factors(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        if self._factors is None:
+            kept: Tensor = self._kept  # type: ignore[assignment]
+            self._factors = (kept // self._columns, kept % self._columns)
+        most = _SAMPLED_CHUNK[out.device.type]
+        width = min(self._count, most)
+        for span in _chunks(self._count, 1, width):
+            of_row, of_column = (index[span] for index in self._factors)
+            for chunk in _chunks(len(out), width, most):
+                result = out[chunk, span]
+                by_row, by_column = (self._scratch(side, out, *result.shape) for side in ("left", "right"))
+                for position in range(left.shape[1]):
+                    torch.index_select(left[chunk, position], 1, of_row, out=by_row)
+                    torch.index_select(right[chunk, position], 1, of_column, out=by_column)
+                    put(result, by_row.mul_(by_column), first and position == 0)
+
+    def _put_sampled(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+        for chunk in _chunks(len(out), self._count, _SAMPLED_CHUNK[out.device.type]):
+            by_row, by_column = self._side("left", left[chunk]), self._side("right", right[chunk])
+            pattern = self._pattern(len(out[chunk]), out.device)
+            torch.sparse.sampled_addmm(pattern, by_row, by_column.T, beta=0.0, out=pattern)
+            put(out[chunk], pattern.values().view(-1, self._count), first)
+
+    def _side(self, name: str, side: Tensor) -> Tensor:
+        """[n, T, features] as [n · features, T], T filled up to whole vectors."""
+        n, positions, features = side.shape
         spare = -positions % _VECTOR if positions > 1 else 0
-        by_row, by_column = (F.pad(side.transpose(1, 2), (0, spare)).flatten(0, 1) for side in (left, right))
-        torch.sparse.sampled_addmm(pattern, by_row, by_column.T, beta=0.0, out=pattern)
-        return pattern.values().view(n, -1)
+        memory = self._scratch(name, side, n, features, positions + spare)
+        memory[:, :, :positions].copy_(side.transpose(1, 2))
+        memory[:, :, positions:].zero_()
+        return memory.flatten(0, 1)
 
     def _pattern(self, n: int, device: torch.device) -> Tensor:
         """The kept entries of n examples as one block-diagonal CSR matrix, whose values are overwritten."""
@@ -89,7 +166,45 @@ class OuterProduct:
         return self._patterns[n]
 
 
-def _chunks(out: Tensor, entries: int, most: dict[str, int]) -> list[slice]:
-    """Slices of the examples of `out`, of `entries` each, that hold about as many entries as the device likes."""
-    step = max(1, most[out.device.type] // (entries or 1))
-    return [slice(start, start + step) for start in range(0, len(out), step)]
+class Lines:
+    """Adds whole rows to matrices of `shape`, one matrix per example, of which only the kept entries are there."""
+
+    def __init__(self, shape: tuple[int, ...], kept: Tensor | None) -> None:
+        self._rows, self._features = shape
+        self._kept = kept
+        self._starts: Tensor | None = None
+
+    def add(self, out: Tensor, example: Tensor, row: Tensor, lines: Tensor) -> None:
+        """Add `lines` [L, features], each to its `row` [L] (-1: to none) of the matrix of its `example` [L].
+
+        `out` [N, kept] holds the kept entries of the matrices.
+        """
+        if self._kept is None:
+            some = (row >= 0).nonzero()[:, 0]
+            matrices = out.view(len(out), self._rows, self._features)
+            matrices.index_put_((example[some], row[some]), lines[some].to(out.dtype), accumulate=True)
+            return
+        if self._starts is None:
+            edges = torch.arange(self._rows + 1, device=row.device) * self._features
+            self._starts = torch.searchsorted(self._kept, edges)
+        first = self._starts[row]
+        count = (self._starts[row + 1] - first).masked_fill_(row < 0, 0)
+        # One item per line and kept entry of its row: which line, and which kept entry.
+        line = torch.repeat_interleave(count)
+        entry = torch.arange(len(line), device=row.device) + (first - (count.cumsum(0) - count))[line]
+        values = lines[line, self._kept[entry] % self._features]
+        out.index_put_((example[line], entry), values.to(out.dtype), accumulate=True)
+
+
+def put(out: Tensor, values: Tensor, first: bool) -> None:
+    """Write values to `out`, or add them to it unless they are the first."""
+    if first:
+        out.copy_(values)
+    else:
+        out.add_(values)
+
+
+def _chunks(count: int, entries: int, most: int) -> list[slice]:
+    """Slices of 0 … count - 1 that hold about `most` entries, of which each item has some."""
+    step = max(1, most // (entries or 1))
+    return [slice(start, start + step) for start in range(0, count, step)]

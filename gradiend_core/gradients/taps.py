@@ -7,7 +7,7 @@ tensor, gradient checkpointing frees and recomputes it like any other. Embedding
 subclasses that scale the result or shift the positions (Gemma, OPT) need no rule of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from gradiend_core.gradients.objectives import Example, Slots, padded_length
 from gradiend_core.gradients.rules import RULES, AnyWeight, EmbeddingWeight, NotSeparatedError, Rule, Use
 
 Receiver = Callable[[int, type[Rule], Use, Tensor, Tensor], None]
@@ -52,16 +53,17 @@ class Sites:
 
 
 class Taps(TorchFunctionMode):
-    """Taps a model's wanted tensors, in passes over a batch of n examples that are padded to one of the `widths`.
+    """Taps a model's wanted tensors, in passes over a batch of N examples (see `losses` for what the head is given).
 
     Stay inside the context until the backward passes are over: gradient checkpointing runs the forward pass again.
     """
 
-    def __init__(self, sites: Sites, n: int, widths: set[int]) -> None:
+    def __init__(self, sites: Sites, examples: Sequence[Example]) -> None:
         super().__init__()
         self._sites = sites
-        self._n = n
-        self._flat = {n * width for width in widths}
+        self._n = len(examples)
+        self._flat = self._n * padded_length(examples)
+        self._slots = Slots.of(examples)
         self._was_flat = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._called: set[object] = set()
@@ -127,21 +129,30 @@ class Taps(TorchFunctionMode):
 
     def _tap(self, module: nn.Module, output: Tensor, a: Tensor, uses: list[tuple[int, type[Rule], Use]]) -> Tensor:
         # Some models (OPT) run layers on all positions of all examples in one dimension.
-        flat = output.dim() == 2 and len(output) == len(a) and len(output) in self._flat
+        flat = output.dim() == 2 and len(output) == len(a) == self._flat
         self._was_flat |= flat
-        if not flat and (len(output) != self._n or len(a) != self._n):
+        packed = output.shape[:2] == a.shape[:2] == (1, len(self._slots.row))
+        if not (flat or packed or len(output) == len(a) == self._n):
             kind, shape = type(module).__name__, tuple(output.shape)
             raise NotSeparatedError(f"output {shape} of a {kind} is not separated by example (batch of {self._n})")
         if not torch.is_grad_enabled():
             return output
 
         def receive(a: Tensor, d: Tensor) -> None:
-            if flat:
+            if packed:
+                a, d = self._unpack(a, d)
+            elif flat:
                 a, d = (tensor.reshape(self._n, -1, tensor.shape[-1]) for tensor in (a, d))
             for tensor, rule, use in uses:
                 self._receive(tensor, rule, use, a.to(d.device), d)  # type: ignore[misc]
 
         return _Tap.apply(output, self._root, a, receive)  # type: ignore[no-any-return, no-untyped-call]
+
+    def _unpack(self, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """a, d [1, P, features] by example, [N, L, features]; d is zero where an example has fewer positions."""
+        slots = self._slots.to(d.device)
+        a, d = (tensor[0, slots.places.to(tensor.device)] for tensor in (a, d))
+        return a, d if bool(self._slots.present.all()) else d * slots.present[:, :, None]
 
 
 class _Tap(torch.autograd.Function):
@@ -158,5 +169,6 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if d is not None:
-            ctx.receive(ctx.saved_tensors[0], d)
+            with torch._C.DisableTorchFunction():  # the mode is for the model's calls; it costs others time
+                ctx.receive(ctx.saved_tensors[0], d)
         return d, None, None, None
