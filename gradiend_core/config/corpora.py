@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from gradiend_core.config.section import Section, Seed
+from gradiend_core.config.section import DataPath, Section, Seed
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -12,7 +12,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class GrammarCorpus(Section):
     """A corpus written from a grammar and word lists."""
 
-    path: str = Field(description="folder with the grammar and its word lists")
+    path: DataPath = Field(description="folder with the grammar and its word lists")
     max_size: int = Field(ge=1, description="sentences to write")
     seed: Seed = Field(0, description="seed of the sampling")
 
@@ -20,7 +20,7 @@ class GrammarCorpus(Section):
 class TextCorpus(Section):
     """A corpus read from your own text; each distinct text is assigned to one split."""
 
-    path: str = Field(description="file with one text per row: .txt (one per line), .csv or .parquet")
+    path: DataPath = Field(description="file with one text per row: .txt (one per line), .csv or .parquet")
     text_column: str = Field("text", description="column that holds the text (.csv, .parquet)")
     split_column: str | None = Field(
         None, description="column with train/validation/test per row; null draws the splits at random"

@@ -1,12 +1,14 @@
 """What all parameter sections share: frozen, strict, no unknown keys, and errors that a user can act on."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from gradiend_core.errors import GradiendError
@@ -19,6 +21,21 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+# DVC puts paths into command lines as they are, so they hold nothing that a shell or DVC gives a meaning.
+PATH_RULE = "letters, digits and . _ / - + @ % , =, the first a letter, a digit or one of . _ /"
+
+
+def _plain_path(path: str) -> str:
+    if re.fullmatch(r"[\w./][\w./+@%,=-]*", path) is None:
+        raise ValueError(f"a path may hold {PATH_RULE}. Rename or move the file")
+    return path
+
+
+DataPath = Annotated[str, AfterValidator(_plain_path)]
+
+MAX_YAML_SIZE: Final = 2**24
+"""Characters of all values, those behind aliases counted each time: a few lines of YAML can stand for terabytes."""
+
 
 class Section(BaseModel):
     """A section of params.yaml: immutable, no type coercion, unknown keys are errors."""
@@ -30,7 +47,7 @@ S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently drop the first."""
+    """Safe: it makes plain data only. Refuses a key that is written twice, of which YAML would drop the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -42,10 +59,40 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def load_yaml(path: Path) -> Any:
+    """The plain data of a YAML file. Raises `OSError`, `UnicodeDecodeError` or `YAMLError`, also when it is too large.
+
+    No tag makes anything but plain data, and nothing is built before its size is known.
+    """
+    if path.stat().st_size > MAX_YAML_SIZE:
+        raise yaml.YAMLError(f"more than {MAX_YAML_SIZE} bytes")
+    loader = _Loader(path.read_text("utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MAX_YAML_SIZE:
+            raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_YAML_SIZE} characters")
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Characters of all values in a node, those behind aliases counted each time; infinite if it holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1 + len(node.value)
+    if node not in known:
+        known[node] = math.inf
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1 + sum(_size(part, known) for part in inner)
+    return known[node]
+
+
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """The params file as plain data. Raises `GradiendError` when it is missing or not a YAML mapping."""
     try:
-        params = yaml.load(path.read_text("utf-8"), _Loader)
+        params = load_yaml(path)
     except OSError as error:
         raise GradiendError(f"{path}: cannot be read ({error.strerror}). Run from the folder that holds it.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -71,26 +118,38 @@ def read_section(section: type[S], key: str, path: Path = PARAMS_FILE) -> S:
     return validate(section, read_value(key, path), where=f"{path}: {key}")
 
 
-def validate(section: type[S], data: Any, where: str) -> S:
+def check_name(name: Any, where: str) -> None:
+    """Raise `GradiendError` unless `name` may become a folder; for names that do not come from params.yaml."""
+    if not isinstance(name, str) or len(name) > 64 or re.fullmatch(NAME_PATTERN, name) is None:
+        raise GradiendError(f"{where}: {name!r} is not a name ({NAME_RULE})")
+
+
+Explain = Callable[[Sequence[int | str]], str | None]
+
+
+def validate(section: type[S], data: Any, where: str, explain: Explain = lambda _: None) -> S:
     """Build a section; every problem becomes one line of a `GradiendError`: place, what is wrong, what is allowed.
 
-    `where` is the file, or `file: dotted.key` for a section inside it.
+    `where` is the file, or `file: dotted.key` for a section inside it. `explain` may have something to say about an
+    unknown key, of which it is given the place; else the nearest allowed one is named.
     """
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        lines = [_line(section, where, detail) for detail in error.errors(include_url=False)]
+        lines = [_line(section, where, detail, explain) for detail in error.errors(include_url=False)]
         raise GradiendError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _line(section: type[Section], where: str, detail: ErrorDetails) -> str:
+def _line(section: type[Section], where: str, detail: ErrorDetails, explain: Explain) -> str:
     location, kind, value = detail["loc"] or ("",), detail["type"], detail["input"]
     if location[-1] == "[key]":  # a name that is a key; the part before it may be mangled
         quotes = "" if isinstance(value, str) else "; put quotes around it"
         return f"{_place(where, location[:-2])}: {value!r} is not a name ({NAME_RULE}){quotes}"
     place = _place(where, location)
     if kind == "extra_forbidden":
-        return f"{place}: unknown key{near_miss(str(location[-1]), _keys_at(section, location[:-1]))}"
+        words = explain(location)
+        hint = f"; {words}" if words else near_miss(str(location[-1]), _keys_at(section, location[:-1]))
+        return f"{place}: unknown key{hint}"
     if kind in {"model_type", "dict_type"}:
         return f"{place}: must be a mapping, not {value!r}"
     message = str(detail["ctx"]["error"]) if kind == "value_error" else detail["msg"]
@@ -109,13 +168,14 @@ def _place(where: str, location: Sequence[int | str]) -> str:
     return where + inside if ": " in where else f"{where}: {inside.lstrip('.')}"
 
 
-def _keys_at(section: type[Section], parents: Sequence[int | str]) -> list[str]:
+def _keys_at(section: Any, parents: Sequence[int | str]) -> list[str]:
     """The keys allowed where an unknown one was found: follow the location through sections, mappings and lists."""
     kind: Any = section
     for part in parents:
         fields = getattr(kind, "model_fields", None)
         kind = get_args(kind)[-1] if fields is None else fields[str(part)].annotation
-    return list(kind.model_fields)
+    (section,) = (inner for inner in (kind, *get_args(kind)) if hasattr(inner, "model_fields"))
+    return list(section.model_fields)
 
 
 def near_miss(word: str, allowed: Sequence[str]) -> str:

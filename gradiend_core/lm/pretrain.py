@@ -1,31 +1,26 @@
 """Training a small masked language model from scratch, with Hugging Face's own trainer.
 
-For demonstrations and tests: a model that is good at one small corpus after a minute on a CPU. The model and its
+For demonstrations and tests a model that is good at one small corpus after a minute on a CPU; docs/base-models.md says
+how to train larger ones. The model and its
 tokenizer are ordinary ones (`BertForMaskedLM`, WordPiece), so that everything else treats them like any other model.
 """
 
-import logging
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch.utils.data import Dataset
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
+from gradiend_core.config.base_models import MaskedLMTraining
 from gradiend_core.errors import GradiendError
-
-logger = logging.getLogger(__name__)
+from gradiend_core.lm.masking import Encoded, mask_probabilities, pad
+from gradiend_core.lm.processes import run_processes
+from gradiend_core.lm.trainer_checkpoints import TrainerCheckpoints
+from gradiend_core.lm.training_job import TrainedMaskedLM, TrainingJob, check_job, read_result, train_share
 
 _SPECIALS = {
     "pad_token": "[PAD]",
@@ -34,7 +29,6 @@ _SPECIALS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-_IGNORED = -100
 
 
 class Accuracy(TypedDict):
@@ -76,35 +70,32 @@ def train_masked_lm(
     tokenizer: PreTrainedTokenizerFast,
     *,
     model_config: Mapping[str, Any],
-    training_arguments: Mapping[str, Any],
-    mlm_probability: float = 0.15,
-) -> BertForMaskedLM:
-    """Train a BERT of `model_config` (the fields of `BertConfig`) on `texts`; returns it in evaluation mode.
+    training: MaskedLMTraining,
+    validation: Sequence[str] = (),
+    checkpoints: TrainerCheckpoints | None = None,
+    events: Path | None = None,
+) -> TrainedMaskedLM:
+    """Train a BERT of `model_config` (the fields of `BertConfig`) on `texts`; see docs/base-models.md.
 
-    `training_arguments` are fields of `transformers.TrainingArguments`; its `seed` (default 0) fixes the initial
-    weights, the order of the texts and the masks. Every token is masked with probability
-    `mlm_probability`; of the masked ones 80 % become [MASK], 10 % a random token and 10 % stay (Devlin et al., 2019).
-    Nothing is kept on disk.
+    The seed of `training` fixes the initial weights, the order of the texts and the masks; the caller's random state
+    stays as it is.
+
+    Args:
+        validation: texts to evaluate on, when `training` says so.
+        checkpoints: where an interrupted training is continued from; without it, a training begins anew.
+        events: folder for what `training.report_to` asks for.
+
+    Raises:
+        GradiendError: a setting that this machine or this model cannot honour; weights that are not finite.
     """
-    seed = int(training_arguments.get("seed", 0))
-    # The trainer seeds the global generators; the caller gets its own state back.
-    with torch.random.fork_rng(), TemporaryDirectory() as folder:
-        torch.manual_seed(seed)
-        config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **model_config)
-        model = BertForMaskedLM(config)
-        probabilities = _mask_probabilities(tokenizer, mlm_probability)
-        trainer = _MaskedTrainer(
-            model=model,
-            args=_arguments(training_arguments, folder),
-            data_collator=_Masker(tokenizer, probabilities, seed),
-            train_dataset=_Encoded(tokenizer, texts),
-            callbacks=[_LogProgress()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        result = trainer.train()
-    logger.info("trained %d steps, mean loss %.3f", result.global_step, result.training_loss)
-    model.eval()  # type: ignore[no-untyped-call]
-    return model
+    with ExitStack() as stack:
+        if checkpoints is None:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            checkpoints = stack.enter_context(TrainerCheckpoints(folder / "checkpoints", {}))
+        job = TrainingJob(texts, validation, tokenizer, model_config, training, checkpoints, events)
+        check_job(job)
+        run_processes(train_share, job, training.processes)
+        return read_result(job)
 
 
 def masked_word_accuracy(
@@ -124,7 +115,7 @@ def masked_word_accuracy(
     right: dict[str, int] = dict.fromkeys(words, 0)
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
-        ids = _pad(rows[part], tokenizer.pad_token_id)
+        ids = pad(rows[part], tokenizer.pad_token_id)
         hidden = torch.zeros_like(ids, dtype=torch.bool)
         for row, span in enumerate(spans[part]):
             hidden[row, span] = True
@@ -147,12 +138,12 @@ def masked_token_accuracy(
 
     NaN when no token was drawn. The draw depends on `seed`, `texts` and the tokenizer, not on the model.
     """
-    probabilities = _mask_probabilities(tokenizer, 0.15)
+    probabilities = mask_probabilities(tokenizer, 0.15)
     generator = torch.Generator().manual_seed(seed)
-    rows = _Encoded(tokenizer, texts).ids
+    rows = Encoded(tokenizer, texts).ids
     right = total = 0
     for start in range(0, len(rows), batch_size):
-        ids = _pad(rows[start : start + batch_size], tokenizer.pad_token_id)
+        ids = pad(rows[start : start + batch_size], tokenizer.pad_token_id)
         hidden = torch.rand(ids.shape, generator=generator) < probabilities[ids]
         right += int((_guesses(model, tokenizer, ids, hidden) == ids)[hidden].sum())
         total += int(hidden.sum())
@@ -165,93 +156,6 @@ def _blank_tokenizer(model: models.WordPiece) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
-
-
-def _arguments(training_arguments: Mapping[str, Any], folder: str) -> TrainingArguments:
-    quiet: dict[str, Any] = {
-        "output_dir": folder,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_strategy": "steps",
-        "logging_steps": 0.2,
-        "disable_tqdm": not sys.stderr.isatty(),
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "seed": 0,
-    }
-    return TrainingArguments(**(quiet | dict(training_arguments)))
-
-
-def _mask_probabilities(tokenizer: PreTrainedTokenizerFast, mlm_probability: float) -> torch.Tensor:
-    """The probability (vocabulary size,) with which each token is masked; 0 for special tokens."""
-    probabilities = torch.full((len(tokenizer),), float(mlm_probability))
-    probabilities[tokenizer.all_special_ids] = 0.0
-    return probabilities
-
-
-class _LogProgress(TrainerCallback):
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            logger.info("step %d of %d: loss %s", state.global_step, state.max_steps, logs["loss"])
-
-
-class _Encoded(Dataset[list[int]]):
-    """The token ids of every text, encoded once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
-        self.ids: list[list[int]] = tokenizer(list(texts), return_attention_mask=False)["input_ids"]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self.ids[index]
-
-
-class _Masker:
-    """Pads rows of token ids to the longest and masks tokens, from a random generator of its own."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, probabilities: torch.Tensor, seed: int) -> None:
-        self._tokenizer = tokenizer
-        self._probabilities = probabilities
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        ids = _pad(rows, self._tokenizer.pad_token_id)
-        chosen = self._uniform(ids) < self._probabilities[ids]
-        fate = self._uniform(ids)
-        others = torch.randint(len(self._tokenizer), ids.shape, generator=self._generator)
-        masked = torch.where(chosen & (fate < 0.8), self._tokenizer.mask_token_id, ids)
-        return {
-            "input_ids": torch.where(chosen & (fate >= 0.9), others, masked),
-            "attention_mask": (ids != self._tokenizer.pad_token_id).long(),
-            "labels": torch.where(chosen, ids, _IGNORED),
-        }
-
-    def _uniform(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.rand(ids.shape, generator=self._generator)
-
-
-class _MaskedTrainer(Trainer):
-    """The usual loss, but the vocabulary is scored at masked positions only: the same number in half the time."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """The mean cross entropy over the masked positions of the batch, a scalar."""
-        masked = inputs["labels"] != _IGNORED
-        hidden = model.bert(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
-        return torch.nn.functional.cross_entropy(model.cls(hidden[masked]), inputs["labels"][masked])
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 def _occurrences(

@@ -3,12 +3,13 @@
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedTokenizerFast
 
+from gradiend_core.config.base_models import MaskedLMTraining
 from gradiend_core.errors import GradiendError
 from gradiend_core.lm.pretrain import masked_token_accuracy, masked_word_accuracy, train_masked_lm, train_tokenizer
 
@@ -19,7 +20,7 @@ TEXTS = [
     for verb in ("walked", "slept", "waited", "rested")
 ]
 MODEL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-TRAINING = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "seed": 0}
+TRAINING: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 4, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_vocabulary_does_not_depend_on_hash_seeds() -> None:
 
 
 def _weights(tokenizer: PreTrainedTokenizerFast, **training: int) -> torch.Tensor:
-    model = train_masked_lm(TEXTS, tokenizer, model_config=MODEL, training_arguments=TRAINING | training)
+    settings = MaskedLMTraining(**TRAINING | training)
+    model = train_masked_lm(TEXTS, tokenizer, model_config=MODEL, training=settings).model
     return torch.cat([value.flatten().double() for value in model.state_dict().values()])
 
 
@@ -70,8 +72,8 @@ def test_training_teaches_the_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     config = MODEL | {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     accuracies = []
     for steps in (1, 300):
-        arguments = TRAINING | {"max_steps": steps, "learning_rate": 1e-2}
-        model = train_masked_lm(TEXTS, tokenizer, model_config=config, training_arguments=arguments)
+        settings = MaskedLMTraining(**TRAINING | {"max_steps": steps, "learning_rate": 1e-2})
+        model = train_masked_lm(TEXTS, tokenizer, model_config=config, training=settings).model
         accuracies.append(masked_token_accuracy(model, tokenizer, TEXTS * 5, seed=0))
     assert accuracies[0] < 0.2
     assert accuracies[1] > 0.5
