@@ -34,6 +34,7 @@ def describe_device(device: torch.device) -> str:
 
 def use_deterministic_algorithms() -> None:
     """Refuse operations whose result depends on timing."""
-    torch.use_deterministic_algorithms(True)
+    # As torch.use_deterministic_algorithms(True), which would import the compiler first: 1.5 s in every stage.
+    torch.set_deterministic_debug_mode("error")
     # Otherwise every new tensor is filled with NaN first, which shows reads of what was never written, at a price.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -55,6 +55,12 @@ class Outputs:
         self._facts: dict[str, Any] = {"stage": stage, "params": dict(params)}
         self._facts["inputs"] = {path.as_posix(): sha256_file(path) for path in _files(inputs)}
 
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """SHA-256 of the input files by their paths."""
+        found: dict[str, str] = self._facts["inputs"]
+        return found
+
     def path(self, final: Path) -> Path:
         """The aside path for `final`, in the same folder (created when missing); the suffix stays the same."""
         aside = _aside(final)
@@ -142,7 +148,10 @@ def _aside(final: Path, mark: str | int | None = None) -> Path:
         raise _unwritable(final.parent, error) from None
     if not os.access(final.parent, os.W_OK):
         raise GradiendError(f"{final.parent}: folder is not writable. Give yourself write permission on it.")
-    return final.with_name(f".partial-{mark or os.getpid()}-{final.name}")
+    aside = final.with_name(f".partial-{mark or os.getpid()}-{final.name}")
+    if aside.is_symlink():  # not ours: writing would go to where it points
+        aside.unlink()
+    return aside
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:

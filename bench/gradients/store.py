@@ -18,15 +18,19 @@ from gradiend_core.gradients.store import INDEX, GradientStore, shard_files, sto
 from gradiend_core.tables import write_table
 
 ROWS, ENTRIES = 240, 1_090_000  # 2.1 GB: 1 % of bert-base's entries
+ROWS_WRITTEN = (
+    64  # at a time: disks change their speed from one second to the next, so that many short rounds tell more
+)
 BATCH, BATCHES_PER_CHECKPOINT = 16, 8
-ROUNDS = {"write": 5, "read": 7}
+ROUNDS = {"write": 21, "read": 7}
 GIGA = 1e9
 
 
 def run() -> Iterator[list[Line]]:
     """Writing once, reading with one thread and with two."""
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".partial-bench-") as folder:  # on the disk of artifacts/
-        yield written(Path(folder), ROWS, ENTRIES, ROUNDS["write"])
+        yield written(Path(folder), ROWS_WRITTEN, ENTRIES, ROUNDS["write"])
+        write_whole(Path(folder), ROWS, ENTRIES)
         for threads in (1, 2):
             with Child(__spec__.name, environment={"OMP_NUM_THREADS": str(threads)}) as child:
                 seconds = child.ask(folder=folder, rounds=ROUNDS["read"])
@@ -34,10 +38,8 @@ def run() -> Iterator[list[Line]]:
 
 
 def written(folder: Path, rows: int, n: int, rounds: int) -> list[Line]:
-    """Write a store in turn with plain files of the same bytes, on the same disk; leave a store to be read."""
-    random = torch.Generator().manual_seed(0)
-    batch = [torch.randn(min(BATCH, rows), n, generator=random) for _ in range(2)]
-    starts = range(0, rows, BATCH)
+    """Write a store in turn with plain files of the same bytes, on the same disk."""
+    batch, starts = _batch(rows, n), range(0, rows, BATCH)
     shard, plain = shard_files(folder, 0)[0], folder / "plain"
     size = store_bytes(rows, n, torch.float32)
 
@@ -54,12 +56,22 @@ def written(folder: Path, rows: int, n: int, rounds: int) -> list[Line]:
         rounds,
         between=delete,
     )
-    _write_store(shard, rows, n, starts, batch)
-    index = pd.DataFrame({column: [None] * rows for column in INDEX}).assign(row=range(rows), n_positions=1)
-    write_table(shard_files(folder, 0)[1], index.assign(type="training", split="train", masked="", label=0.0), INDEX)
     share = ratio(seconds["plain"], seconds["store"])
     lines = [Line(f"writing {size / GIGA:.2g} GB: speed of the store / plain write and fsync", "x", share, 0.8, True)]
     return lines + [Line(f"writing, {name}", "GB/s", _rate(size, s)) for name, s in seconds.items()]
+
+
+def write_whole(folder: Path, rows: int, n: int) -> None:
+    """A store to be read."""
+    shard, parquet = shard_files(folder, 0)
+    _write_store(shard, rows, n, range(0, rows, BATCH), _batch(rows, n))
+    index = pd.DataFrame({column: [None] * rows for column in INDEX}).assign(row=range(rows), n_positions=1)
+    write_table(parquet, index.assign(type="training", split="train", masked="", label=0.0), INDEX)
+
+
+def _batch(rows: int, n: int) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(min(BATCH, rows), n, generator=random) for _ in range(2)]
 
 
 def _rate(size: int, seconds: list[float]) -> Spread:

@@ -1,42 +1,39 @@
 """Parameters of the train stage."""
 
-import re
+import inspect
+import math
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from gradiend_core.config.section import Section, near_miss
+from gradiend_core.config.optimization import (
+    POLYNOMIAL_END,
+    OptimizerGroup,
+    Schedule,
+    group_of,
+    group_problems,
+    step_problems,
+)
+from gradiend_core.config.section import Section
 
 Quantity = Literal["factual", "alternative", "diff"]
 Objective = Literal["reconstruction", "encoder", "decoder"]
 Activation = Literal["tanh", "relu", "leakyrelu", "gelu", "silu", "elu", "sigmoid", "smht", "id"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"]
 
 PARAMETERS: Final = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
-# Where transformers' polynomial schedule ends.
-_POLYNOMIAL_END: Final = 1.0e-7
+
+def _rate_or_tune(value: Any) -> float | str:
+    """number > 0 or `tune`"""
+    if value == "tune":
+        return "tune"
+    if type(value) in {int, float} and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"Input should be a {_rate_or_tune.__doc__}")
 
 
-class OptimizerGroup(Section):
-    """Settings of the optimiser for some of the model's parameters; what is null is that of the others."""
-
-    pattern: str = Field(description=f"regular expression, searched for in {', '.join(PARAMETERS)}")
-    learning_rate: float | None = Field(None, gt=0, description="as above, for these parameters")
-    weight_decay: float | None = Field(None, ge=0, description="as above, for these parameters")
-    adam_beta1: float | None = Field(None, ge=0, lt=1, description="as above, for these parameters")
-    adam_beta2: float | None = Field(None, ge=0, lt=1, description="as above, for these parameters")
-    adam_epsilon: float | None = Field(None, gt=0, description="as above, for these parameters")
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        return pattern
+LearningRate = Annotated[float | Literal["tune"], PlainValidator(_rate_or_tune)]
 
 
 class Train(Section):
@@ -46,7 +43,7 @@ class Train(Section):
     target: Quantity = Field("diff", description="gradient the decoder predicts")
     scaling: Literal["scale_free", "reference"] = Field(
         "scale_free",
-        description="scale_free: gradients divided by their root mean square, summed loss, one rate for every size;"
+        description="scale_free: gradients divided by their usual size, summed loss, one rate for every n;"
         " reference: raw gradients, element-mean loss (docs/reference.md, BUG-05)",
     )
     supervised_encoder: bool = Field(
@@ -82,9 +79,15 @@ class Train(Section):
         description="passes over the rows of the largest transition, of which the smaller ones take as many batches;"
         " may be a fraction; a max_steps above 0 overrides it; -1: none",
     )
-    learning_rate: float = Field(
-        0.01, gt=0, description="peak rate; of the decoder under scale_free, whose encoder takes it divided by √n"
+    learning_rate: LearningRate = Field(
+        0.01,
+        description="peak rate; of the decoder under scale_free, whose encoder takes it divided by √n; tune: searched"
+        " for by short trainings of each seed (docs/training.md)",
     )
+    learning_rate_probe_steps: int = Field(
+        100, ge=1, description="steps of such a short training after warm-up (learning_rate tune)"
+    )
+    learning_rate_max_probes: int = Field(12, ge=1, description="most short trainings (learning_rate tune)")
     lr_scheduler_type: Schedule = Field("constant", description="learning-rate schedule, as in transformers")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="the same as a share of all steps, rounded up")
@@ -116,6 +119,9 @@ class Train(Section):
         None, description="whether more of that metric is better; null: yes for correlation and r2, no for loss"
     )
     load_best_model_at_end: bool = Field(True, description="keep the model of the best evaluation; false: of the last")
+    preserve_n_best: int = Field(
+        1, ge=1, description="evaluations whose weights are kept: the model, and next to it the runners-up"
+    )
     save_strategy: Literal["no", "steps", "epoch"] = Field(
         "steps", description="when to save what an interrupted training continues from; it goes when training is done"
     )
@@ -123,6 +129,16 @@ class Train(Section):
     save_total_limit: int = Field(1, ge=1, description="saves kept, the newest ones")
     logging_steps: int = Field(0, ge=0, description="steps between log lines; 0: none")
     logging_first_step: bool = Field(False, description="log the first step, too")
+    report_to: list[Literal["tensorboard"]] = Field(
+        [],
+        description="tensorboard: also write loss, rate and every evaluation to logs/tensorboard/"
+        " (needs the package tensorboard); changes no result",
+    )
+    torch_compile: bool = Field(
+        False,
+        description="compile the training step with torch.compile: two to three times as fast from n = 10⁶ on, after"
+        " some seconds; for one latent, a linear decoder and no accumulation or clipping",
+    )
     detect_anomaly: bool = Field(
         False, description="differentiate with torch's anomaly detection, which names the operation that made a NaN"
     )
@@ -148,9 +164,14 @@ class Train(Section):
         names = PARAMETERS if self.bias_decoder else PARAMETERS[:-1]
         return tuple(name for name in names if self.objective in {"reconstruction", name.partition(".")[0]})
 
+    @property
+    def lowest_learning_rate(self) -> float:
+        """The rate that the schedule ends at, above which the peak has to be."""
+        return POLYNOMIAL_END if self.lr_scheduler_type == "polynomial" else 0.0
+
     def group_of(self, parameter: str) -> OptimizerGroup | None:
         """The first of the optimiser groups that a parameter belongs to, if any."""
-        return next((group for group in self.optimizer_groups if re.search(group.pattern, parameter)), None)
+        return group_of(parameter, self.optimizer_groups)
 
     @model_validator(mode="before")
     @classmethod
@@ -161,7 +182,12 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        problems = [*self._of_batches(), *self._of_steps(), *self._of_groups(), *self._of_supervision()]
+        of_steps = {name: getattr(self, name) for name in inspect.signature(step_problems).parameters}
+        problems = [*self._of_batches(), *step_problems(**of_steps)]
+        problems += [*group_problems(self.optimizer_groups, self.parameters), *self._of_supervision()]
+        problems += self._of_compilation()
+        if self.preserve_n_best > 1 and not self.load_best_model_at_end:
+            problems.append(f"preserve_n_best {self.preserve_n_best} ranks evaluations: set load_best_model_at_end")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -177,31 +203,18 @@ class Train(Section):
             f" {self.gradiend_batch_size} * {self.gradient_accumulation_steps} = {product}"
         ]
 
-    def _of_steps(self) -> list[str]:
-        problems = []
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            problems.append("nothing to train: give max_steps or num_train_epochs a value above 0")
-        if self.warmup_steps and self.warmup_ratio:
-            problems.append("warmup_steps and warmup_ratio are the same thing: give one of them")
-        if (self.warmup_steps or self.warmup_ratio) and self.lr_scheduler_type == "constant":
-            problems.append("lr_scheduler_type constant has no warm-up: take constant_with_warmup")
-        if 0 < self.max_steps < self.warmup_steps:
-            problems.append(f"warmup_steps {self.warmup_steps} exceeds max_steps {self.max_steps}")
-        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= _POLYNOMIAL_END:
-            problems.append(f"lr_scheduler_type polynomial ends at {_POLYNOMIAL_END:g}: take a higher learning_rate")
-        return problems
-
-    def _of_groups(self) -> list[str]:
-        names = self.parameters
-        used = [self.group_of(name) for name in names]
-        problems = []
-        for number, group in enumerate(self.optimizer_groups):
-            where = f"optimizer_groups[{number}].pattern {group.pattern!r}"
-            if not any(re.search(group.pattern, name) for name in names):
-                problems.append(f"{where} is found in no trained parameter{near_miss(group.pattern, names)}")
-            elif not any(group is other for other in used):
-                problems.append(f"{where}: its parameters belong to an earlier group; put it first")
-        return problems
+    def _of_compilation(self) -> list[str]:
+        needed = {
+            "latent_dim": 1,
+            "activation_decoder": "id",
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": None,
+            "supervised_encoder": False,
+            "supervised_decoder": False,
+            "detect_anomaly": False,
+        }
+        others = [name for name, value in needed.items() if self.torch_compile and getattr(self, name) != value]
+        return [f"torch_compile compiles the usual step: leave out {', '.join(others)}"] if others else []
 
     def _of_supervision(self) -> list[str]:
         problems = []

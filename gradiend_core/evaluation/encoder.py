@@ -14,7 +14,7 @@ from gradiend_core.evaluation.tables import ENCODINGS
 from gradiend_core.gradients.store import TRAINING, GradientStore
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.statistics import Array, bootstrap_interval, pearson
-from gradiend_core.training.loop import r_squared
+from gradiend_core.training.evaluation import r_squared
 
 _SOURCE_ID = {"factual": "factual_class", "alternative": "alternative_class", "diff": "transition"}
 

@@ -85,11 +85,8 @@ class GradiendModel(nn.Module):
         self.source_scale, self.target_scale = source_scale, target_scale
         self.metadata = metadata or {}
         n = selection.n
-        kind: dict[str, Any] = {"dtype": torch.float32}
-        self.encoder = nn.utils.skip_init(nn.Linear, n, latent_dim, **kind)  # type: ignore[no-untyped-call]
-        self.decoder = nn.utils.skip_init(nn.Linear, latent_dim, n, bias=bias_decoder, **kind)  # type: ignore[no-untyped-call]
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.encoder = _zero_linear(n, latent_dim)
+        self.decoder = _zero_linear(latent_dim, n, bias=bias_decoder)
 
     def reset_parameters(self, seed: int, *, zero_decoder_bias: bool) -> None:
         """The reference's initialisation: W_e, b_e uniform on ±1/√n, then W_d (and b_d) uniform on ±|max(W_e)|.
@@ -250,7 +247,10 @@ class GradiendModel(nn.Module):
             version, written = config["format_version"], config["gradiend"]
             if version == FORMAT_VERSION:
                 arguments = written | {"target_classes": tuple(written["target_classes"])}
-                model = cls(Selection.from_tensors(tensors, config["mapping"]), **arguments)
+                selection = Selection.from_tensors(tensors, config["mapping"])
+                if tensors["encoder.weight"].shape != (arguments["latent_dim"], selection.n):  # before memory is taken
+                    raise TypeError(f"{arguments['latent_dim']} latents of {selection.n} entries")
+                model = cls(selection, **arguments)
                 weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
                 model.load_state_dict(weights)
                 return model
@@ -259,6 +259,15 @@ class GradiendModel(nn.Module):
         except GradiendError as error:
             raise GradiendError(f"{config_file}: {error}") from None
         raise damaged(config_file, f"format version {version}, not {FORMAT_VERSION}")
+
+
+def _zero_linear(inputs: int, outputs: int, *, bias: bool = True) -> Any:
+    """A float32 `nn.Linear` of zeros."""
+    # On the meta device nothing is drawn from the global generator, nor imported, as it is by `skip_init`.
+    layer = nn.Linear(inputs, outputs, bias=bias, device="meta")
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch.zeros(parameter.shape, dtype=torch.float32)))
+    return layer
 
 
 def _known(parameter: str, value: str, allowed: list[str]) -> str:

@@ -19,21 +19,30 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradiend_core.errors import GradiendError
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.tensors import load_tensors, read_metadata, save_tensors
+from gradiend_core.training.tune import Tuned
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 
 @dataclass
 class Progress:
-    """How far a training has got: steps done, evaluations, losses since the last, and the best weights so far."""
+    """How far a training has got.
+
+    Attributes:
+        step: steps done.
+        best: the weights that are kept so far by their step, the best first.
+        history: the evaluations.
+        losses: of the steps since the last evaluation.
+        tuned: the learning rates that were tried before, if any.
+    """
 
     step: int = 0
-    best_step: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    tuned: Tuned | None = None
 
 
 class Checkpoints:
@@ -86,7 +95,9 @@ class Checkpoints:
         columns = list(progress.history[-1]) if progress.history else []
         lines = [[line[column] for column in columns] for line in progress.history]
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
+        tensors |= {
+            f"best.{step}.{name}": tensor for step, kept in progress.best.items() for name, tensor in kept.items()
+        }
         tensors |= {
             f"optimizer.{name}.{key}": value
             for name, parameter in model.named_parameters()
@@ -98,9 +109,10 @@ class Checkpoints:
             "format_version": FORMAT_VERSION,
             "identity": self._identity,
             "step": progress.step,
-            "best_step": progress.best_step,
+            "best_steps": list(progress.best),
             "columns": columns,
             "schedule": schedule.state_dict(),
+            "tuned": progress.tuned and progress.tuned.to_json(),
         }
         final = self.folder / f"step-{progress.step:012}.safetensors"
         aside = self.folder / "writing"
@@ -136,12 +148,16 @@ class Checkpoints:
                 group["lr"] = rate
             lines = [dict(zip(metadata["columns"], line, strict=True)) for line in tensors["history"].tolist()]
             logger.info("continued after step %d", metadata["step"])
+            device = model.encoder.weight.device
             return Progress(
                 metadata["step"],
-                metadata["best_step"],
-                {name: value.to(model.encoder.weight.device) for name, value in _below("best.", tensors).items()},
+                {
+                    step: {name: value.to(device) for name, value in _below(f"best.{step}.", tensors).items()}
+                    for step in metadata["best_steps"]
+                },
                 [line | {"step": int(line["step"])} for line in lines],
                 tensors["losses"].tolist(),
+                metadata["tuned"] and Tuned.from_json(metadata["tuned"]),
             )
         return None
 

@@ -1,7 +1,7 @@
 """How well a model does on validation rows, at the cost of reading them once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiend_core.config.train import Objective
+from gradiend_core.config.train import Objective, Train
 from gradiend_core.model.gradiend import GradiendModel
-from gradiend_core.statistics import Array, pearson
+from gradiend_core.statistics import Array, bootstrap_interval, pearson
 from gradiend_core.training.rows import RowSet
 
 # Entries that are reconstructed at a time where a decoder is not linear.
@@ -91,6 +91,32 @@ def r_squared(target: Tensor, reconstruction: Tensor) -> float:
     residual = (target - reconstruction).double().square().sum()
     total = (target - target.mean(0)).double().square().sum()
     return float(1 - residual / total)
+
+
+def score(line: Mapping[str, float], params: Train) -> float:
+    """How good an evaluation is by `metric_for_best_model`: more is better, and -inf where it is undefined."""
+    metric = params.metric_for_best_model
+    greater = metric != "loss" if params.greater_is_better is None else params.greater_is_better
+    value = abs(line["correlation"]) if metric == "correlation" else line["eval_loss" if metric == "loss" else metric]
+    return -math.inf if math.isnan(value) else value if greater else -value
+
+
+@torch.no_grad()
+def correlation_interval(model: GradiendModel, rows: RowSet, seed: int) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval, over rows, of the correlation of encodings (first latent) and labels.
+
+    None when it is undefined, for encodings or labels are all the same.
+    """
+    encodings = model.encode(rows.source)[:, 0].double().cpu().numpy()
+    if not all(len(np.unique(values)) > 1 for values in (encodings, rows.labels)):
+        return None
+    return bootstrap_interval(
+        lambda drawn: pearson(encodings[drawn], rows.labels[drawn]),
+        len(encodings),
+        samples=1000,
+        confidence=0.95,
+        seed=seed,
+    )
 
 
 def _statistic(function: Callable[[Array], np.floating], values: Array) -> float:

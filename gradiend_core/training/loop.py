@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,17 +15,27 @@ import torch
 from torch import Tensor
 
 from gradiend_core.config.train import Train
-from gradiend_core.devices import pick_device
 from gradiend_core.errors import GradiendError
-from gradiend_core.gradients.store import TRAINING, GradientStore
+from gradiend_core.gradients.store import GradientStore
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.progress import track
+from gradiend_core.training.adam import FusedAdam
 from gradiend_core.training.batches import Positions, batches
+from gradiend_core.training.calendar import Calendar
 from gradiend_core.training.checkpoint import Checkpoints, Progress
-from gradiend_core.training.evaluation import Validation, evaluate, r_squared
-from gradiend_core.training.optimizer import build_optimizer, build_schedule, steps_per_epoch, total_steps
+from gradiend_core.training.data import Data, named_rows
+from gradiend_core.training.evaluation import correlation_interval, evaluate, r_squared, score
+from gradiend_core.training.monitor import TensorBoard
+from gradiend_core.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    steps_per_epoch,
+    total_steps,
+    warmup_steps,
+)
 from gradiend_core.training.rows import RowSet
 from gradiend_core.training.step import training_step
+from gradiend_core.training.tune import Tuned, tune
 
 __all__ = ["RowSet", "Trained", "build_optimizer", "evaluate", "r_squared", "train", "training_step"]
 
@@ -36,137 +47,295 @@ _AHEAD: Final = 2**24
 # What changes sign when the model is turned around.
 _SIGNED: Final = ["correlation", "mean_positive", "mean_negative", "mean_neutral"]
 
+# Where the search of a learning rate begins: the defaults of this project and of the reference package.
+_FIRST_RATE: Final = {"scale_free": 1.0e-2, "reference": 1.0e-5}
+
 
 @dataclass(frozen=True)
 class Trained:
-    """The model that a run keeps, oriented, the step it is of, and the history (one line per evaluation)."""
+    """What a training ends with.
+
+    Attributes:
+        model: the one that is kept, oriented, on the CPU.
+        history: one line per evaluation, oriented like the model.
+        best_step: the step that the model is of; the history has a line of it.
+        correlation_interval: 95 % bootstrap interval of its correlation over validation rows, None where undefined.
+        stopped: why training ended early, None if it did not.
+        stopped_step: the step at which it did.
+        tuned: the learning rates that were tried, None if one was given.
+        runners_up: weights of the next best evaluations by their step, the best first, oriented, on the CPU.
+    """
 
     model: GradiendModel
     history: pd.DataFrame
     best_step: int
+    correlation_interval: tuple[float, float] | None = None
+    stopped: str | None = None
+    stopped_step: int | None = None
+    tuned: Tuned | None = None
+    runners_up: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Calendar:
-    """Which steps are evaluated, saved and logged."""
-
-    params: Train
-    epoch: int  # steps
-    total: int
-
-    def evaluates(self, step: int) -> bool:
-        strategy, delay = self.params.eval_strategy, self.params.eval_delay
-        if step in {0, self.total} or strategy == "no":
-            return step == self.total or (strategy != "no" and delay == 0)
-        every, unit = (self.params.eval_steps, 1) if strategy == "steps" else (self.epoch, self.epoch)
-        return step % every == 0 and step >= delay * unit
-
-    def saves(self, step: int) -> bool:
-        strategy = self.params.save_strategy
-        every = self.params.save_steps if strategy == "steps" else self.epoch
-        return strategy != "no" and step % every == 0 and step < self.total
-
-    def logs(self, step: int) -> bool:
-        steps = self.params.logging_steps
-        return (steps > 0 and step % steps == 0) or (self.params.logging_first_step and step == 1)
-
-
-def train(store: GradientStore, params: Train, seed: int, checkpoints: Checkpoints | None = None) -> Trained:
+def train(
+    store: GradientStore,
+    params: Train,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    *,
+    logging_dir: Path = Path("logs/tensorboard"),
+) -> Trained:
     """Train on the train split, evaluate on the validation split, and keep the model of the best evaluation.
 
     The model is turned once, at the end, so that the first target class is encoded as positive, and the history with
-    it; activations that cannot be turned leave it as it is. With `checkpoints`, an interrupted training goes on.
+    it; activations that cannot be turned leave it as it is. A training whose loss or weights are no longer finite
+    ends there: the best finite weights of before are its result, and `stopped` says what happened.
+
+    Args:
+        checkpoints: an interrupted training goes on from them.
+        logging_dir: folder of event files, if `report_to` asks for them.
 
     Raises:
-        GradiendError: loss or weights are not finite; checkpoints stay for a look at the last good state.
+        GradiendError: training rows are not finite, or a package that `report_to` names is missing.
     """
-    with _matmul_precision(params.float32_matmul_precision):
-        return _train(store, params, seed, checkpoints)
+    with ExitStack() as stack:
+        stack.enter_context(_matmul_precision(params.float32_matmul_precision))
+        board = stack.enter_context(TensorBoard(logging_dir)) if "tensorboard" in params.report_to else None
+        data = Data.load(store, params, seed)
+        training = _begun(store, data, params, seed, checkpoints)
+        training.run(f"seed {seed}", checkpoints=checkpoints, board=board)
+        return training.finish()
 
 
-def _train(store: GradientStore, params: Train, seed: int, checkpoints: Checkpoints | None) -> Trained:
-    device = pick_device()
-    positions, groups = _training_rows(store, params, seed)
-    training = RowSet.load(store, params, positions, device)
-    validation = RowSet.load(store, params, store.positions(split="validation", kind=TRAINING), device)
-    # Neutral rows have no difference to encode: their factual gradient is, whatever the source (semantics 7.1).
-    others = torch.from_numpy((store.index["type"] != TRAINING).to_numpy().nonzero()[0])
-    neutral = store.rows("factual", others).to(device)
-    model = _new_model(store, params, training, positions, seed).to(device)
-    epoch = steps_per_epoch(list(groups.values()), params)
-    calendar = _Calendar(params, epoch, total_steps(epoch, params))
-    optimizer = build_optimizer(model, params)
-    schedule = build_schedule(optimizer, params, calendar.total)
-    judge = Validation.of(validation)
+def _begun(store: GradientStore, data: Data, params: Train, seed: int, checkpoints: Checkpoints | None) -> "_Training":
+    """The training as it was saved, else a new one, whose learning rate is searched for if there is none."""
 
-    def judged(step: int, loss: float, rate: float) -> dict[str, float]:
-        line: dict[str, float] = {"step": step, "loss": loss, "learning_rate": rate}
-        return line | evaluate(model, judge, neutral, params.scaling, params.objective)
+    def at(rate: float, **others: Any) -> _Training:
+        changed = params.model_copy(update={"learning_rate": rate, **others})
+        return _Training(store, data, changed, seed)
 
-    progress = checkpoints.restore(model, optimizer, schedule) if checkpoints else None
-    if progress is None:
-        progress = Progress()
-        if calendar.evaluates(0):
-            _note(progress, model, judged(0, math.nan, math.nan), params)
-    order = batches(groups, params.train_batch_size, seed)
-    steps = range(progress.step + 1, calendar.total + 1)
-    size = params.gradiend_batch_size * params.gradient_accumulation_steps
-    inputs = _inputs(training, islice(order, progress.step * size, calendar.total * size), size)
-    for step, (chosen, source, target) in zip(track(steps, f"seed {seed}"), inputs, strict=True):
-        labels = torch.tensor([training.labels[rows[0]] for rows in chosen], dtype=torch.float32, device=device)
-        rate = optimizer.param_groups[-1]["lr"]
+    def probe(rate: float) -> float:
+        # The beginning of the training itself, looked at once.
+        training = at(rate, eval_strategy="no", save_strategy="no", logging_steps=0, logging_first_step=False)
+        total = training.calendar.total
+        until = min(total, warmup_steps(params, total) + params.learning_rate_probe_steps)
+        training.run(f"seed {seed}, learning rate {rate:g}", until=until)
+        return training.score()
+
+    first = _FIRST_RATE[params.scaling] if params.learning_rate == "tune" else params.learning_rate
+    training = at(first)
+    if (checkpoints and training.restore(checkpoints)) or params.learning_rate != "tune":
+        return training
+    tuned = tune(
+        probe,
+        first,
+        untrained=training.score(),
+        max_probes=params.learning_rate_max_probes,
+        lowest=params.lowest_learning_rate,
+    )
+    training = at(tuned.learning_rate)
+    training.progress.tuned = tuned
+    return training
+
+
+class _Training:
+    """A model in training: its optimiser and schedule, and how far it has got.
+
+    Attributes:
+        stopped: why and at which step it ended early; None if it did not.
+    """
+
+    def __init__(self, store: GradientStore, data: Data, params: Train, seed: int) -> None:
+        self.data, self.params, self.seed = data, params, seed
+        epoch = steps_per_epoch(list(data.groups.values()), params)
+        self.calendar = Calendar(params, epoch, total_steps(epoch, params))
+        self.device = data.training.source.device
+        self.model = _new_model(store, params, data, seed)
+        self._initialise()
+        self.optimizer = build_optimizer(self.model, params)
+        self.schedule = build_schedule(self.optimizer, params, self.calendar.total)
+        self.compiled = _compiled(self.model, self.optimizer, params) if params.torch_compile else None
+        self.progress = Progress()
+        self.stopped: tuple[str, int] | None = None
+
+    def restore(self, checkpoints: Checkpoints) -> bool:
+        """Go back to the newest save, if there is a usable one."""
+        progress = checkpoints.restore(self.model, self.optimizer, self.schedule)
+        self.progress = progress or self.progress
+        return progress is not None
+
+    def run(
+        self,
+        description: str,
+        *,
+        until: int | None = None,
+        checkpoints: Checkpoints | None = None,
+        board: TensorBoard | None = None,
+    ) -> None:
+        """Take the steps that are left, or those up to `until`; stop where loss or weights are not finite."""
+        progress, calendar, params = self.progress, self.calendar, self.params
+        if board:
+            board.begin(progress.step + 1 if progress.step else 0)
+        if progress.step == 0 and calendar.evaluates(0):
+            self._evaluate(0, math.nan, math.nan, board)
+        last = calendar.total if until is None else until
+        size = params.gradiend_batch_size * params.gradient_accumulation_steps
+        order = batches(self.data.groups, params.train_batch_size, self.seed)
+        inputs = _inputs(self.data.training, islice(order, progress.step * size, last * size), size)
+        steps = track(range(progress.step + 1, last + 1), description, self._status)
+        for step, (chosen, source, target) in zip(steps, inputs, strict=True):
+            rate = self.optimizer.param_groups[-1]["lr"]
+            if wrong := self._step(step, chosen, source, target):
+                self.stopped = self._reason(step, wrong, chosen, source, target), step
+                return
+            loss = progress.losses[-1]
+            if board:
+                board.write(step, {"train/loss": loss, "train/learning_rate": rate})
+            if calendar.logs(step):
+                counts = (self.seed, step, calendar.total, loss, rate)
+                logger.info("seed %d: step %d of %d: loss %.6g, rate %.3g", *counts)
+            if calendar.evaluates(step):
+                self._evaluate(step, float(np.mean(progress.losses)), rate, board)
+                progress.losses.clear()
+            if calendar.saves(step):
+                if not params.load_best_model_at_end:
+                    self._keep(step)
+                if checkpoints:
+                    checkpoints.save(self.model, self.optimizer, self.schedule, progress)
+
+    def score(self) -> float:
+        """How good the model is now; more is better, and -inf says that training has diverged."""
+        return -math.inf if self.stopped else score(self._judged(), self.params)
+
+    def finish(self) -> Trained:
+        """Turn around what is kept, the best weights or the initial ones if none were looked at."""
+        progress = self.progress
+        runners_up = {step: self._turned(step) for step in list(progress.best)[1:]}
+        if progress.best:
+            self.model.load_state_dict(next(iter(progress.best.values())))
+        else:
+            self._initialise()
+        best_step = next(iter(progress.best), 0)
+        if best_step not in {line["step"] for line in progress.history}:  # only of a training that has stopped
+            progress.history.append(self._line(best_step, math.nan, math.nan))
+        history = pd.DataFrame(progress.history)
+        if 0 in self._turn(best_step):
+            history = history.assign(**-history[_SIGNED])
+        if progress.tuned:
+            self.model.metadata["learning_rate"] = progress.tuned.learning_rate
+        interval = correlation_interval(self.model, self.data.validation.rows, self.seed)
+        stopped, stopped_step = self.stopped or (None, None)
+        if stopped:
+            logger.error(stopped)
+        return Trained(
+            self.model.cpu(), history, best_step, interval, stopped, stopped_step, progress.tuned, runners_up
+        )
+
+    def _initialise(self) -> None:
+        self.model.cpu().reset_parameters(self.seed, zero_decoder_bias=self.params.scaling == "scale_free")
+        self.model.to(self.device)
+
+    def _status(self) -> str:
+        losses, history = self.progress.losses, self.progress.history
+        loss = losses[-1] if losses else history[-1]["loss"]
+        return f"loss {loss:.4g}" + (f", correlation {abs(history[-1]['correlation']):.3f}" if history else "")
+
+    def _step(self, step: int, chosen: list[Positions], source: Tensor, target: Tensor) -> str:
+        """Take a step; in words, what is not finite then."""
         try:
-            loss = training_step(
-                model,
-                optimizer,
-                source,
-                target,
-                params.scaling,
-                objective=params.objective,
-                labels=labels,
-                passes=params.gradient_accumulation_steps,
-                max_grad_norm=params.max_grad_norm,
-                detect_anomaly=params.detect_anomaly,
-            )
+            loss = self._loss(chosen, source, target)
         except RuntimeError as error:
             if "returned nan values" not in str(error):
                 raise
-            raise _diverged(
-                seed, step, str(error), positions[np.concatenate(chosen)], source, target, checkpoints
-            ) from None
-        schedule.step()
-        progress.step = step
-        progress.losses.append(loss)
-        looked_at = calendar.evaluates(step) or calendar.saves(step)
-        if wrong := _not_finite(loss, model, weights=looked_at):
-            raise _diverged(seed, step, wrong, positions[np.concatenate(chosen)], source, target, checkpoints)
-        if calendar.logs(step):
-            logger.info("seed %d: step %d of %d: loss %.6g, rate %.3g", seed, step, calendar.total, loss, rate)
-        if calendar.evaluates(step):
-            _note(progress, model, judged(step, float(np.mean(progress.losses)), rate), params)
-            progress.losses.clear()
-        if checkpoints and calendar.saves(step):
-            checkpoints.save(model, optimizer, schedule, progress)
-    if params.load_best_model_at_end:
-        model.load_state_dict(progress.best)
-    else:
-        progress.best_step = calendar.total
-    trained = Trained(model.cpu(), pd.DataFrame(progress.history), progress.best_step)
-    # A supervised decoder was told what +1 means; its encoder knows of nothing.
-    return trained if params.objective == "decoder" else _orient(trained, validation)
+            return str(error)
+        self.schedule.step()
+        self.progress.step = step
+        self.progress.losses.append(loss)
+        looked_at = self.calendar.evaluates(step) or self.calendar.saves(step)
+        return _not_finite(loss, self.model, weights=looked_at)
+
+    def _loss(self, chosen: list[Positions], source: Tensor, target: Tensor) -> float:
+        """Take a step; the loss before it."""
+        if self.compiled:
+            return self.compiled(source, target)
+        params, training = self.params, self.data.training
+        labels = [training.labels[rows[0]] for rows in chosen]
+        return training_step(
+            self.model,
+            self.optimizer,
+            source,
+            target,
+            params.scaling,
+            objective=params.objective,
+            labels=torch.tensor(labels, dtype=torch.float32, device=self.device),
+            passes=params.gradient_accumulation_steps,
+            max_grad_norm=params.max_grad_norm,
+            detect_anomaly=params.detect_anomaly,
+        )
+
+    def _reason(self, step: int, wrong: str, chosen: list[Positions], source: Tensor, target: Tensor) -> str:
+        """Why training stops; raises `GradiendError` if it is for the rows."""
+        rows = named_rows(self.data.positions[np.concatenate(chosen)])
+        message = f"seed {self.seed} stopped at step {step}, at {rows} of the gradient store: {wrong}."
+        if not (source.isfinite().all() and target.isfinite().all()):
+            raise GradiendError(
+                f"{message} These rows themselves hold values that are not finite: run cache_gradients again."
+            )
+        return f"{message} Lower learning_rate, set max_grad_norm, or add warm-up."
+
+    def _judged(self) -> dict[str, float]:
+        data, params = self.data, self.params
+        return evaluate(self.model, data.validation, data.neutral, params.scaling, params.objective)
+
+    def _line(self, step: int, loss: float, rate: float) -> dict[str, float]:
+        """A line of the history."""
+        return {"step": step, "loss": loss, "learning_rate": rate} | self._judged()
+
+    def _evaluate(self, step: int, loss: float, rate: float, board: TensorBoard | None) -> None:
+        line = self._line(step, loss, rate)
+        self.progress.history.append(line)
+        self._keep(step)
+        if board:
+            board.write(step, {f"eval/{name}": line[name] for name in line.keys() - {"step", "loss", "learning_rate"}})
+
+    def _keep(self, step: int) -> None:
+        """Keep the weights as they are now if they are among the best, or the last ones are wanted."""
+        progress = self.progress
+        wanted = [step]
+        if self.params.load_best_model_at_end:
+            ranked = sorted(progress.history, key=lambda line: score(line, self.params), reverse=True)
+            wanted = [int(line["step"]) for line in ranked[: self.params.preserve_n_best]]
+        if step in wanted:
+            kept = progress.best | {step: {name: value.clone() for name, value in self.model.state_dict().items()}}
+            progress.best = {step: kept[step] for step in wanted}
+
+    def _turned(self, step: int) -> dict[str, Tensor]:
+        """The weights that are kept of a step, oriented."""
+        self.model.load_state_dict(self.progress.best[step])
+        self._turn(step)
+        return {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def _turn(self, step: int) -> list[int]:
+        """Turn every latent whose class means are in the wrong order at this step; the turned ones."""
+        model, rows = self.model, self.data.validation.rows
+        # A supervised decoder was told what +1 means; its encoder knows of nothing.
+        if not model.can_flip or self.params.objective == "decoder":
+            return []
+        line = next(line for line in self.progress.history if line["step"] == step)
+        turned = [] if line["mean_positive"] >= line["mean_negative"] else [0]
+        if model.encoder.out_features > 1:
+            with torch.no_grad():
+                encoded = model.encode(rows.source)
+            gaps = encoded[rows.labels > 0].mean(0) - encoded[rows.labels < 0].mean(0)
+            turned += [latent for latent in range(1, len(gaps)) if gaps[latent] < 0]
+        if turned:
+            model.flip(turned)
+        return turned
 
 
-def _training_rows(store: GradientStore, params: Train, seed: int) -> tuple[Tensor, dict[str, Positions]]:
-    """Positions of the rows to train on, and for each transition where among them its own stand."""
-    positions = store.positions(split="train", kind=TRAINING)
-    transitions = store.index["transition"].to_numpy()[positions.numpy()]
-    names = np.unique(transitions)
-    if params.train_max_size is not None:
-        random = np.random.default_rng([seed, len(names)])  # batches draw from [seed, 0 … len(names)-1]
-        own = (np.flatnonzero(transitions == name) for name in names)
-        kept = np.sort(np.concatenate([random.permutation(rows)[: params.train_max_size] for rows in own]))
-        positions, transitions = positions[torch.from_numpy(kept)], transitions[kept]
-    return positions, {name: np.flatnonzero(transitions == name) for name in names}
+def _compiled(model: GradiendModel, optimizer: FusedAdam, params: Train) -> Callable[[Tensor, Tensor], float]:
+    from gradiend_core.training.compiled import CompiledStep  # takes two seconds, for an option
+
+    return CompiledStep(model, optimizer, params)
 
 
 def _inputs(
@@ -181,25 +350,9 @@ def _inputs(
             yield chosen[step], source[step], target[step]
 
 
-def _note(progress: Progress, model: GradiendModel, line: dict[str, float], params: Train) -> None:
-    """Add an evaluation to the history, and keep the weights if it is the best."""
-    metric = params.metric_for_best_model
-    greater = metric != "loss" if params.greater_is_better is None else params.greater_is_better
-
-    def score(of: dict[str, float]) -> float:
-        value = abs(of["correlation"]) if metric == "correlation" else of["eval_loss" if metric == "loss" else metric]
-        return -math.inf if math.isnan(value) else value if greater else -value
-
-    if all(score(line) > score(earlier) for earlier in progress.history):
-        progress.best_step = int(line["step"])
-        progress.best = {name: value.clone() for name, value in model.state_dict().items()}
-    progress.history.append(line)
-
-
-def _new_model(store: GradientStore, params: Train, training: RowSet, positions: Tensor, seed: int) -> GradiendModel:
-    scale_free = params.scaling == "scale_free"
+def _new_model(store: GradientStore, params: Train, data: Data, seed: int) -> GradiendModel:
     provenance: dict[str, Any] = {key: store.metadata[key]["path"] for key in ("base_model", "dataset")}
-    model = GradiendModel(
+    return GradiendModel(
         store.selection,
         target_classes=tuple(store.metadata["target_classes"]),
         source=params.source,
@@ -208,24 +361,10 @@ def _new_model(store: GradientStore, params: Train, training: RowSet, positions:
         activation_encoder=params.activation_encoder,
         activation_decoder=params.activation_decoder,
         bias_decoder=params.bias_decoder,
-        source_scale=_scale(training.source, positions, params.source) if scale_free else 1.0,
-        target_scale=_scale(training.target, positions, params.target) if scale_free else 1.0,
+        source_scale=data.source_scale,
+        target_scale=data.target_scale,
         metadata=provenance | {"seed": seed},
     )
-    model.reset_parameters(seed, zero_decoder_bias=scale_free)
-    return model
-
-
-def _scale(rows: Tensor, positions: Tensor, quantity: str) -> float:
-    """Root mean square of training rows; 1 if they are all zero."""
-    scale = float(rows.double().square().mean().sqrt())
-    if not math.isfinite(scale):
-        bad = positions[~rows.isfinite().all(1).cpu()].tolist()
-        raise GradiendError(
-            f"training rows {_shown(bad)} of the gradient store hold {quantity} gradients that are not finite."
-            " Run cache_gradients again; if they are there again, load the base model in another dtype."
-        )
-    return scale or 1.0
 
 
 def _not_finite(loss: float, model: GradiendModel, *, weights: bool) -> str:
@@ -237,23 +376,6 @@ def _not_finite(loss: float, model: GradiendModel, *, weights: bool) -> str:
     return " and ".join(wrong)
 
 
-def _diverged(
-    seed: int, step: int, wrong: str, rows: Tensor, source: Tensor, target: Tensor, checkpoints: Checkpoints | None
-) -> GradiendError:
-    advice = "Lower learning_rate, set max_grad_norm, or add warm-up."
-    if not (source.isfinite().all() and target.isfinite().all()):
-        advice = "These rows themselves hold values that are not finite: run cache_gradients again."
-    for save in checkpoints.saves()[:1] if checkpoints else ():
-        advice += f" The last good state is {save}."
-    return GradiendError(
-        f"seed {seed} stopped at step {step}, at rows {_shown(rows.tolist())} of the gradient store: {wrong}. {advice}"
-    )
-
-
-def _shown(rows: list[int], most: int = 64) -> str:
-    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
-
-
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
@@ -262,21 +384,3 @@ def _matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _orient(trained: Trained, validation: RowSet) -> Trained:
-    """Turn every latent whose class means are in the wrong order; the history follows the first one."""
-    model = trained.model
-    if not model.can_flip:
-        return trained
-    line = trained.history.loc[trained.history["step"] == trained.best_step].iloc[0]
-    turned = [] if line["mean_positive"] >= line["mean_negative"] else [0]
-    if model.encoder.out_features > 1:
-        with torch.no_grad():
-            encoded = model.encode(validation.source.cpu())
-        gaps = encoded[validation.labels > 0].mean(0) - encoded[validation.labels < 0].mean(0)
-        turned += [latent for latent in range(1, len(gaps)) if gaps[latent] < 0]
-    if turned:
-        model.flip(turned)
-    history = trained.history.assign(**-trained.history[_SIGNED]) if 0 in turned else trained.history
-    return Trained(model, history, trained.best_step)

@@ -9,10 +9,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gradiend_core.config.train import Train
 from gradiend_core.model.gradiend import GradiendModel
+from gradiend_core.training.adam import FusedAdam
 from gradiend_core.training.batches import Positions
 
 
-def build_optimizer(model: GradiendModel, params: Train) -> torch.optim.Optimizer:
+def build_optimizer(model: GradiendModel, params: Train) -> FusedAdam:
     """AdamW or Adam, fused, over the trained parameters.
 
     Encoder and decoder are groups of their own, and so are the parts of them that `optimizer_groups` singles out.
@@ -30,8 +31,7 @@ def build_optimizer(model: GradiendModel, params: Train) -> torch.optim.Optimize
             group["lr"] = settings["learning_rate"] * unit
             group["betas"] = (settings["adam_beta1"], settings["adam_beta2"])
             group["weight_decay"], group["eps"] = settings["weight_decay"], settings["adam_epsilon"]
-    kind = torch.optim.AdamW if params.optim == "adamw" else torch.optim.Adam
-    return kind(list(groups.values()), lr=params.learning_rate, fused=True)
+    return FusedAdam(list(groups.values()), float(params.learning_rate), decoupled=params.optim == "adamw")
 
 
 _SETTINGS = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -43,11 +43,16 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: Train, total_steps:
         return LambdaLR(optimizer, lambda _: 1.0)
     from transformers import get_scheduler  # takes longer to import than a seed to train
 
-    warmup = params.warmup_steps or math.ceil(params.warmup_ratio * total_steps)
+    warmup = warmup_steps(params, total_steps)
     schedule: LambdaLR = get_scheduler(
         params.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
     )
     return schedule
+
+
+def warmup_steps(params: Train, total_steps: int) -> int:
+    """Optimiser steps before the peak rate."""
+    return params.warmup_steps or math.ceil(params.warmup_ratio * total_steps)
 
 
 def steps_per_epoch(groups: Sequence[Positions], params: Train) -> int:

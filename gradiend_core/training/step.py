@@ -97,7 +97,9 @@ def _gradients(
     error.sub_(target, alpha=1 / model.target_scale)
     loss = torch.dot(error.view(-1), error.view(-1)) * factor
     delta = error.mul_(2 * factor)
-    (z_gradient,) = torch.autograd.grad(h, z, delta @ decoder)
+    with torch.enable_grad():
+        weighted = h @ (delta @ decoder)  # a scalar: to weigh by `grad_outputs`, autograd imports sympy first
+    (z_gradient,) = torch.autograd.grad(weighted, z)
     _combine(model.encoder.weight, z_gradient / model.source_scale, source, add)
     _combine(model.encoder.bias, z_gradient, torch.ones_like(z)[:, None], add)
     _combine(model.decoder.weight, encodings, delta, add)
@@ -109,7 +111,10 @@ def _gradients(
 def _combine(parameter: Parameter, weights: Tensor, rows: Tensor, add: bool) -> None:
     """Make or add to a parameter's gradient the weighted sum of rows."""
     gradient = _gradient(parameter)
-    torch.addmv(gradient, rows.T, weights, beta=int(add), out=gradient)
+    if len(rows) == 1 and not add:
+        torch.mul(rows[0], weights, out=gradient)  # half the time
+    else:
+        torch.addmv(gradient, rows.T, weights, beta=int(add), out=gradient)
 
 
 def _gradient(parameter: Parameter) -> Tensor:

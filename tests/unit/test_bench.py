@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gradients import collector, memory, plan, report, store
+from bench.gradients import collector, memory, plan, report, step, store
 from bench.gradients.timing import Spread, interleave, ratio
 
 
@@ -28,6 +28,7 @@ def test_the_collector_is_measured_beside_both_bounds_and_computes_the_same_grad
 def test_a_store_is_written_and_read(tmp_path: Path) -> None:
     lines = store.written(tmp_path, rows=20, n=1000, rounds=1)
     assert [line.limit for line in lines] == [0.8, None, None]
+    store.write_whole(tmp_path, rows=20, n=1000)
     assert {len(seconds) for seconds in store.read(str(tmp_path), rounds=2).values()} == {2}
 
 
@@ -69,6 +70,13 @@ def test_results_name_the_machine_only_in_words(tmp_path: Path) -> None:
     assert "| a / b | 1 x | 1 to 1 |  | ≤ 2 | pass |" in page
     assert str(Path.home()) not in page
     assert (tmp_path / "part.json").exists()
+
+
+def test_a_step_is_measured_beside_adamw() -> None:
+    for n, limit in ((step.LIMIT_FROM - 1, None), (step.LIMIT_FROM, step.LIMIT)):
+        judged, *times = step.measure(n, rounds=2)
+        assert judged.limit == limit
+        assert len(times) == 2
 
 
 def test_the_plan_says_what_every_part_costs_and_refuses_unknown_parts() -> None:

@@ -1,6 +1,7 @@
 """Training on planted gradients: order of rows, scale, orientation, the best step, and reproducibility."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,30 @@ def test_reference_scaling_does_not_move_at_tiny_gradients() -> None:
     assert trained.model.source_scale == trained.model.target_scale == 1.0
 
 
-def test_scales_are_the_root_mean_square_of_the_training_rows() -> None:
+def test_scales_are_those_of_the_training_rows() -> None:
     store = planted(50, scale=7.0)
     model = train(store, Train.model_validate({"max_steps": 1}), 0).model
     rows = store.positions(split="train", kind=TRAINING)
-    assert model.source_scale == pytest.approx(float(store.rows("alternative", rows).square().mean().sqrt()), rel=1e-5)
-    assert model.target_scale == pytest.approx(float(store.rows("diff", rows).square().mean().sqrt()), rel=1e-5)
+    source, target = store.rows("alternative", rows), store.rows("diff", rows)
+    assert model.source_scale == pytest.approx(float(source.square().mean(1).sqrt().median()), rel=1e-5)
+    assert model.target_scale == pytest.approx(float(target.square().mean().sqrt()), rel=1e-5)
+
+
+def test_a_few_large_gradients_do_not_hide_the_others() -> None:
+    store = planted(300, common=0.0)
+    large = store.positions(split="train", kind=TRAINING)[:4]  # two of each class
+    store.matrix("alternative")[large] *= 300
+    trained = train(store, Train.model_validate({"max_steps": 100, "train_batch_size": 4}), 0)
+    assert converged(trained), best_line(trained)
+
+
+def test_scale_is_that_of_all_rows_where_most_are_zero() -> None:
+    store = planted(50)
+    rows = store.positions(split="train", kind=TRAINING)
+    store.matrix("alternative")[rows[4:]] = 0
+    model = train(store, Train.model_validate({"max_steps": 1}), 0).model
+    expected = store.rows("alternative", rows).square().mean().sqrt()
+    assert model.source_scale == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_loss_of_both_scalings() -> None:
@@ -179,11 +198,16 @@ def test_loss_of_both_scalings() -> None:
 
 
 @pytest.mark.parametrize(("optim", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
-def test_optimizer_takes_every_parameter(optim: str, kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizer_takes_every_parameter(optim: str, kind: Callable[..., torch.optim.Optimizer]) -> None:
     model = GradiendModel(Selection.everything({"w": torch.zeros(4)}), target_classes=("A", "B"))
-    params = Train.model_validate({"optim": optim, "weight_decay": 0.25, "adam_epsilon": 1e-3})
+    params = Train.model_validate({"optim": optim, "weight_decay": 0.25, "adam_epsilon": 1e-3, "learning_rate": 0.1})
     optimizer = build_optimizer(model, params)
-    assert type(optimizer) is kind
+    weight = model.decoder.weight
+    expected = torch.nn.Parameter(weight.detach().clone())
+    weight.grad = expected.grad = torch.ones_like(expected)
+    for one in (optimizer, kind([expected], lr=0.1, weight_decay=0.25, eps=1e-3)):
+        one.step()
+    torch.testing.assert_close(weight, expected)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
     assert all(group["weight_decay"] == 0.25 and group["eps"] == 1e-3 for group in optimizer.param_groups)
 

@@ -1,6 +1,8 @@
 """What the arguments of training do: steps and epochs, evaluations, the kept model, row caps, logs, and precision."""
 
 import logging
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,42 @@ def test_encoders_that_cannot_be_turned_train_all_the_same(activation: str) -> N
     assert best_line(trained)["eval_loss"] < trained.history["eval_loss"].iloc[0]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_interval_of_the_correlation_is_that_of_the_kept_model(seed: int) -> None:
+    store = planted(60, common=0.2)
+    trained = run(store, seed, **QUICK)
+    positions = store.positions(split="validation", kind=TRAINING)
+    with torch.no_grad():
+        encoded = trained.model.encode(store.rows("alternative", positions))[:, 0].double().numpy()
+    labels = -store.index["label"].to_numpy()[positions.numpy()]
+    random = np.random.default_rng(seed)
+    drawn = [random.integers(len(labels), size=len(labels)) for _ in range(1000)]
+    expected = np.quantile([np.corrcoef(encoded[rows], labels[rows])[0, 1] for rows in drawn], [0.025, 0.975])
+    assert trained.correlation_interval == pytest.approx(tuple(expected), abs=1e-6)
+    low, high = trained.correlation_interval or (0, 0)
+    assert low < best_line(trained)["correlation"] < high
+    assert run(store, seed, **QUICK).correlation_interval == (low, high)
+
+
+def test_correlation_of_constant_encodings_has_no_interval() -> None:
+    trained = run(planted(10, scale=0.0), max_steps=1)
+    assert best_line(trained)["correlation"] == 0
+    assert trained.correlation_interval is None
+
+
+def test_runners_up_are_the_next_best_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    correlations = [0.3, -0.9, 0.8, 0.2, -0.8]
+    scripted(monkeypatch, correlations * 2)
+    one, three = (run(max_steps=8, eval_steps=2, preserve_n_best=count) for count in (1, 3))
+    assert one.runners_up == {}
+    assert torch.equal(weights(one), weights(three))
+    assert list(three.runners_up) == [4, 8]  # of equal ones the first
+    for step, kept in three.runners_up.items():
+        scripted(monkeypatch, correlations[step // 2 :])
+        last = run(max_steps=step, eval_strategy="no")
+        assert all(torch.equal(kept[name], value) for name, value in last.model.state_dict().items())
+
+
 # --- rows
 
 
@@ -287,6 +325,29 @@ def test_logged_steps(caplog: pytest.LogCaptureFixture) -> None:
     assert line.endswith("rate 0.5")
 
 
+@pytest.mark.parametrize("eval_delay", [0, 3])
+def test_progress_says_loss_and_correlation(monkeypatch: pytest.MonkeyPatch, eval_delay: int) -> None:
+    said: list[str] = []
+
+    def track(steps: range, description: str, status: Callable[[], str]) -> Iterator[int]:
+        for step in steps:
+            yield step
+            said.append(status())
+
+    monkeypatch.setattr(loop, "track", track)
+    history = run(max_steps=6, eval_steps=2, eval_delay=eval_delay).history.set_index("step")
+    for step, words in enumerate(said, start=1):
+        evaluated = history.index[history.index <= step]
+        shown = re.fullmatch(r"loss ([\d.e+]+)(?:, correlation (\d\.\d+))?", words)
+        assert shown
+        assert (shown[2] is None) == evaluated.empty
+        if not evaluated.empty:
+            assert float(shown[2]) == pytest.approx(abs(history["correlation"])[evaluated[-1]], abs=1e-3)
+        if step in history.index:
+            assert float(shown[1]) == pytest.approx(history["loss"][step], rel=1e-3)
+    assert len(said) == 6
+
+
 def test_precision_of_matrix_products_holds_during_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = torch.get_float32_matmul_precision(), []
     original = loop.training_step
@@ -323,24 +384,85 @@ def test_rows_that_are_not_finite_are_named(quantity: str, value: float) -> None
         run(spoilt("diff", np.nan, 41), 3, scaling="reference", train_batch_size=4, max_steps=30)
 
 
-def test_weights_that_are_not_finite_are_named() -> None:
-    with pytest.raises(GradiendError, match=r"stopped at step 2, .*the loss is (inf|nan).*coder\.weight has.*Lower"):
-        run(learning_rate=1e38, scaling="reference")
-
-
-def test_saturated_weights_are_found_before_they_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop.training_step
+def poisoned(monkeypatch: pytest.MonkeyPatch, step: int, name: str = "decoder.weight") -> None:
+    """Let one value of a parameter be infinite after this step."""
+    original, taken = loop.training_step, []
 
     def training_step(model: GradiendModel, *arguments: Any, **options: Any) -> float:
         loss = original(model, *arguments, **options)
-        model.encoder.bias.data.fill_(torch.inf)  # tanh of it is 1, so that no loss tells
+        taken.append(1)
+        if len(taken) == step:
+            model.get_parameter(name).data.flatten()[0] = torch.inf
         return loss
 
     monkeypatch.setattr(loop, "training_step", training_step)
-    with pytest.raises(
-        GradiendError, match=r"stopped at step 3, .*store: encoder\.bias has values that are not finite"
-    ):
-        run(eval_steps=3)
+
+
+def test_a_training_that_diverges_ends_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    trained = run(learning_rate=1e38, scaling="reference")
+    says = r"seed 0 stopped at step 2, at rows [\d, ]+ of .*the loss is (inf|nan).*coder\.weight has.*Lower"
+    assert re.match(says, trained.stopped or "")
+    assert trained.stopped_step == 2
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [trained.stopped]
+    assert (trained.best_step, trained.history["step"].tolist()) == (0, [0])
+    whole = run(max_steps=2)
+    assert (whole.stopped, whole.stopped_step) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept", "steps"),
+    [
+        ({"eval_steps": 5, "metric_for_best_model": "loss"}, 5, [0, 5, 10]),
+        ({"eval_steps": 5, "metric_for_best_model": "loss", "greater_is_better": True}, 10, [0, 5, 10]),
+        ({"eval_steps": 5, "load_best_model_at_end": False, "save_strategy": "no"}, 10, [0, 5, 10]),
+        ({"eval_steps": 5, "load_best_model_at_end": False, "save_steps": 11}, 11, [0, 5, 10, 11]),
+        ({"eval_strategy": "no"}, 0, [0]),
+        ({"eval_steps": 5, "eval_delay": 50}, 0, [0]),
+        ({"eval_strategy": "no", "load_best_model_at_end": False, "save_steps": 4}, 8, [8]),
+    ],
+)
+def test_what_is_kept_of_a_training_that_diverges(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], kept: int, steps: list[int]
+) -> None:
+    with monkeypatch.context() as patch:
+        poisoned(patch, 12)
+        trained = run(**settings)
+    assert trained.stopped_step in {12, 13}
+    assert (trained.best_step, trained.history["step"].tolist()) == (kept, steps)
+    assert np.isfinite(trained.history.drop(columns=["loss", "learning_rate"])).all(axis=None)
+    if kept:
+        expected = run(max_steps=kept, load_best_model_at_end=False, eval_strategy="no")
+        line, last = best_line(trained), best_line(expected)
+        assert {name: line[name] for name in line.keys() - {"loss", "learning_rate"}} == {
+            name: last[name] for name in line.keys() - {"loss", "learning_rate"}
+        }
+        assert torch.equal(weights(trained), weights(expected))
+    else:
+        start = GradiendModel(planted(20).selection, target_classes=("A", "B"))
+        start.reset_parameters(0, zero_decoder_bias=True)
+        assert torch.equal(weights(trained).abs(), torch.cat([p.detach().flatten() for p in start.parameters()]).abs())
+        assert best_line(trained)["mean_positive"] >= best_line(trained)["mean_negative"]
+
+
+def test_saturated_weights_are_found_before_they_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, 1, "encoder.bias")  # tanh of it is 1, so that no loss tells
+    trained = run(eval_steps=3)
+    assert re.search(r"stopped at step 3, .*store: encoder\.bias has values that are not finite", trained.stopped or "")
+    assert trained.history["step"].tolist() == [0]
+
+
+def test_only_nan_gradients_end_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for message, stops in (("Function 'X' returned nan values in its 0th output.", True), ("out of memory", False)):
+
+        def training_step(*_: Any, message: str = message, **__: Any) -> float:
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(loop, "training_step", training_step)
+        if stops:
+            assert "stopped at step 1, at rows" in (run().stopped or "")
+        else:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                run()
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in")
@@ -351,3 +473,16 @@ def test_anomaly_detection_names_step_rows_and_operation() -> None:
 
 def test_history_has_the_columns_of_its_table() -> None:
     assert set(run(max_steps=2).history.columns) == set(HISTORY)
+
+
+def test_torch_compile_takes_the_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def uncompiled(function: Any, **_: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", uncompiled)  # tests/unit/test_compiled.py compiles
+    plain, found = (run(torch_compile=on) for on in (False, True))
+    assert len(compiled) == 1
+    torch.testing.assert_close(found.model.decoder.weight, plain.model.decoder.weight, rtol=1e-3, atol=1e-5)

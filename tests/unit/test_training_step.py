@@ -205,7 +205,7 @@ def test_schedule_is_the_one_of_transformers_in_every_group(name: str, warmup: d
     params = parse(lr_scheduler_type=name, max_steps=10, **warmup)
     optimizer = build_optimizer(model(), params)
     schedule = build_schedule(optimizer, params, 10)
-    plain = torch.optim.SGD([torch.zeros(1)], lr=params.learning_rate)
+    plain = torch.optim.SGD([torch.zeros(1)], lr=float(params.learning_rate))
     expected = get_scheduler(name, plain, num_warmup_steps=4, num_training_steps=10)
     seen = []
     for _ in range(10):
