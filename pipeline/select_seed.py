@@ -31,7 +31,10 @@ def main(argv: list[str]) -> None:
     names = [METRICS_FILE] if params.seed_stability_topk is None else [METRICS_FILE, WEIGHTS_FILE, CONFIG_FILE]
     inputs = [folder / name for folder in folders.values() for name in names]
     with Outputs("select_seed", arguments.manifest, params.model_dump(), inputs) as outputs:
-        report = seed_report({seed: read_json(folder / METRICS_FILE) for seed, folder in folders.items()}, params)
+        try:
+            report = seed_report({seed: read_json(folder / METRICS_FILE) for seed, folder in folders.items()}, params)
+        except GradiendError as error:
+            raise GradiendError(f"{arguments.params}: {error}") from None
         _log(report)
         shortage = non_convergence(report)
         if shortage and params.fail_on_non_convergence:

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import arguments
 import decisions
 import gradients
 import tiny_model
@@ -54,8 +55,9 @@ def main() -> None:
     values["feature_factors"] = decisions.feature_factors()
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, OUTPUT / "values.safetensors")
-    text = json.dumps(values, indent=1, sort_keys=True)
-    (OUTPUT / "values.json").write_text(text + "\n", encoding="utf-8")
+    for name, found in (("values", values), ("arguments", arguments.arguments())):
+        text = json.dumps(found, indent=1, sort_keys=True)
+        (OUTPUT / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     for path in OUTPUT.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them readable by the owner only
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from gradiend_core.config.arguments import explain
 from gradiend_core.config.base_models import HubBaseModel, LocalBaseModel, TrainedBaseModel
 from gradiend_core.config.cache_gradients import CacheGradients
 from gradiend_core.config.corpora import GrammarCorpus, TextCorpus
@@ -71,7 +72,7 @@ def validate_params(data: dict[str, Any], where: str) -> Params:
 
     References are looked at once every section is valid by itself.
     """
-    params = validate(Params, data, where)
+    params = validate(Params, data, where, explain)
     problems = [f"{where}: {problem}" for problem in _broken_references(params)]
     if problems:
         raise GradiendError("\n".join(problems))

@@ -1,13 +1,14 @@
 """The reference page of params.yaml, written from its sections: `python -m gradiend_core.config.reference`."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import PlainValidator
 from pydantic.fields import FieldInfo
 
+from gradiend_core.config.arguments import ARGUMENTS, Argument
 from gradiend_core.config.params import Params
 from gradiend_core.config.section import NAME_PATTERN, NAME_RULE, Section
 
@@ -61,9 +62,33 @@ _LIMITS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _WORDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
 
 
+_ARGUMENTS = """## Arguments of the reference package
+
+Where every argument of `gradiend` 0.2.3 went, and those of other training loops that `train` does not have under the
+same name. None is accepted and ignored: in params.yaml, what is no key is an error that says the same as its row.
+Keys are those of a run, below `runs.<name>`; `seeds` is at the top.
+"""
+
+_GROUP = """### `{name}`
+
+| argument | key | |
+|---|---|---|
+{rows}
+"""
+
+
 def parameter_reference() -> str:
-    """The page as Markdown: a heading for each section, in the order of the file."""
-    return "\n".join([_INTRO, *(_page(key, section) for key, section in _sections("", Params))])
+    """The page as Markdown: a heading for each section, in the file's order, then the reference's arguments."""
+    sections = [_page(key, section) for key, section in _sections("", Params)]
+    return "\n".join([_INTRO, *sections, _ARGUMENTS, *(_group(name, group) for name, group in ARGUMENTS.items())])
+
+
+def _group(name: str, group: Mapping[str, Argument]) -> str:
+    rows = [
+        f"| `{argument}` | {', '.join(f'`{key}`' for key in keys) or 'none'} | {words} |"
+        for argument, (keys, words) in group.items()
+    ]
+    return _GROUP.format(name=name, rows="\n".join(rows))
 
 
 def _sections(key: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:

@@ -32,6 +32,7 @@ def plot_training(
     *,
     selected_seed: int,
     converged: Mapping[int, bool],
+    stopped_steps: Mapping[int, int],
     target_classes: tuple[str, str],
     title: str,
     class_mean_threshold: float = 0.5,
@@ -43,6 +44,8 @@ def plot_training(
     then), std_positive and std_negative: one row per evaluation; missing values are left out. The selected seed is
     drawn strong, with a line at its best step and bands of one standard deviation about its class means; every seed's
     best step has a marker. The dotted lines of the class means are the convergence criterion, ± `class_mean_threshold`.
+    Seeds in `stopped_steps` diverged at that step: a cross on the step axis says so instead, and the axes have room
+    for the others.
     """
     with_rate = _has(histories, "learning_rate")
     ratios = (1.0, 0.55, 1.0, 1.35) if with_rate else (1.0, 1.0, 1.35)
@@ -52,26 +55,39 @@ def plot_training(
     looks = _seed_looks(sorted(histories), selected_seed)
     for seed in seeds:
         history, strong = histories[seed].sort_values("step"), seed == selected_seed
-        _draw(loss, history, "loss", best_steps[seed], looks[seed], strong)
+        best_step = None if seed in stopped_steps else best_steps[seed]
+        _draw(loss, history, "loss", best_step, looks[seed], strong)
         for axes in rate:
-            _draw(axes, history, "learning_rate", best_steps[seed], looks[seed], strong)
-        _draw(correlation, history, "correlation", best_steps[seed], looks[seed], strong)
-        _draw_means(means, history, best_steps[seed], looks[seed], strong, target_classes)
+            _draw(axes, history, "learning_rate", best_step, looks[seed], strong)
+        _draw(correlation, history, "correlation", best_step, looks[seed], strong)
+        _draw_means(means, history, best_step, looks[seed], strong, target_classes)
     panels = (loss, *rate, correlation, means)
     for axes in panels:
         axes.axvline(best_steps[selected_seed], color=style.BLACK, linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
-    _scale_loss(loss, histories)
+        for seed, step in stopped_steps.items():
+            _draw_stop(axes, step, looks[seed])
+    finished = {seed: history for seed, history in histories.items() if seed not in stopped_steps}
+    _scale_loss(loss, finished)
     for axes in rate:
         _scale_rate(axes, histories)
     _scale_correlation(correlation, histories)
-    _scale_means(means, histories, selected_seed, class_mean_threshold)
+    _scale_means(means, finished, selected_seed, class_mean_threshold)
     style.mark_panels(panels)
     figure.align_ylabels()
+    notes = {seed: "not converged" for seed in histories if not converged[seed]}
+    notes |= {seed: f"diverged at step {step}" for seed, step in stopped_steps.items()}
+    notes |= {selected_seed: ", ".join(filter(None, ["selected", notes.get(selected_seed)]))}
     seed_handles: list[Artist] = [
-        _seed_handle(seed, looks[seed], selected_seed, converged[seed]) for seed in sorted(histories)
+        _seed_handle(seed, looks[seed], seed == selected_seed, notes.get(seed), seed in stopped_steps)
+        for seed in sorted(histories)
     ]
     mean_handles = _mean_handles(histories, selected_seed, target_classes, class_mean_threshold)
     return style.finish(figure, title, seed_handles + mean_handles)
+
+
+def training_curves(histories: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """The histories of all seeds below each other, with the column `seed` in front."""
+    return pd.concat([history.assign(seed=seed) for seed, history in histories.items()]).set_index("seed").reset_index()
 
 
 def _has(histories: Mapping[int, pd.DataFrame], column: str) -> bool:
@@ -86,7 +102,7 @@ def _seed_looks(seeds: list[int], selected_seed: int) -> dict[int, LineLook]:
     return looks
 
 
-def _draw(axes: Axes, history: pd.DataFrame, column: str, best_step: int, look: LineLook, strong: bool) -> None:
+def _draw(axes: Axes, history: pd.DataFrame, column: str, best_step: int | None, look: LineLook, strong: bool) -> None:
     """One curve and, where the best step has a value, its marker."""
     points = history.reindex(columns=["step", column]).dropna()
     axes.plot(
@@ -113,8 +129,19 @@ def _draw(axes: Axes, history: pd.DataFrame, column: str, best_step: int, look: 
     )
 
 
+def _draw_stop(axes: Axes, step: int, look: LineLook) -> None:
+    """A cross on the step axis."""
+    place = axes.get_xaxis_transform()
+    axes.plot([step], [0], color=look.color, marker="x", markersize=4, clip_on=False, transform=place)
+
+
 def _draw_means(
-    axes: Axes, history: pd.DataFrame, best_step: int, look: LineLook, strong: bool, target_classes: tuple[str, str]
+    axes: Axes,
+    history: pd.DataFrame,
+    best_step: int | None,
+    look: LineLook,
+    strong: bool,
+    target_classes: tuple[str, str],
 ) -> None:
     """The neutral mean thin and grey, the two class means in their colours, all in the seed's line style.
 
@@ -145,9 +172,12 @@ def _values(histories: Mapping[int, pd.DataFrame], column: str) -> "np.ndarray[t
 
 
 def _scale_loss(axes: Axes, histories: Mapping[int, pd.DataFrame]) -> None:
-    """A logarithmic axis where the losses span more than a decade, with room for labels at 2 and 5 below two."""
+    """Room for these losses: a logarithmic axis if they span more than a decade, with labels at 2 and 5 below two."""
     axes.set_ylabel("training loss")
     losses = _values(histories, "loss")
+    if losses.size:
+        axes.dataLim.intervaly = losses.min(), losses.max()
+        axes.autoscale_view()
     if losses.size and losses.min() > 0 and losses.max() > 10 * losses.min():
         axes.set_yscale("log")
         if losses.max() < 100 * losses.min():
@@ -187,11 +217,13 @@ def _scale_means(axes: Axes, histories: Mapping[int, pd.DataFrame], selected_see
         axes.axhline(level, color=style.BLACK, linestyle=":", linewidth=0.7, zorder=1)
 
 
-def _seed_handle(seed: int, look: LineLook, selected_seed: int, converged: bool) -> Line2D:
-    notes = [note for note, true in (("selected", seed == selected_seed), ("not converged", not converged)) if true]
-    label = f"seed {seed} ({', '.join(notes)})" if notes else f"seed {seed}"
-    width = _STRONG if seed == selected_seed else _THIN
-    return Line2D([], [], color=look.color, linestyle=look.linestyle, linewidth=width, label=label)
+def _seed_handle(seed: int, look: LineLook, selected: bool, note: str | None, stopped: bool) -> Line2D:
+    label = f"seed {seed} ({note})" if note else f"seed {seed}"
+    width = _STRONG if selected else _THIN
+    handle = Line2D([], [], color=look.color, linestyle=look.linestyle, linewidth=width, label=label)
+    if stopped:
+        handle.set(marker="x", markersize=4)
+    return handle
 
 
 def _mean_handles(

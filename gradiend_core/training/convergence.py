@@ -1,10 +1,11 @@
 """When a seed counts as converged, why it does not, and which seed is kept (semantics, section 6)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradiend_core.config.select_seed import SelectSeed
+from gradiend_core.errors import GradiendError
 from gradiend_core.training.stability import exact_interval
 
 # Encodings whose class means stay nearer to 0 than this have hardly moved: an encoder starts near 0.
@@ -19,7 +20,10 @@ def failed_conditions(metrics: Metrics, params: SelectSeed) -> list[str]:
     All must hold at the best step: it is not step 0; the metric reaches its threshold (the correlation from below,
     the loss from above); and, for the correlation, the class means have opposite signs and the smaller |class mean|
     reaches its threshold. Seeds are oriented, so the signed correlation is its magnitude and there is no dead zone.
+    A training that stopped because its numbers were no longer finite has not converged, whatever it had reached.
     """
+    if stopped := metrics.get("stopped"):
+        return [stopped.removeprefix(f"seed {metrics.get('seed')} ")]  # who it is about is said with every reason
     failed = []
     if metrics["best_step"] == 0:
         failed.append("no step improved on the initial weights")
@@ -52,6 +56,8 @@ def diagnoses(metrics: Metrics, params: SelectSeed) -> dict[str, str]:
 
     A converged seed may have a decoder that explains nothing: convergence is about the encoder.
     """
+    if metrics.get("stopped"):
+        return {"diverged": _ADVICE["diverged"]}
     found = {}
     if failed_conditions(metrics, params):
         name = _cause(metrics, params)
@@ -62,6 +68,8 @@ def diagnoses(metrics: Metrics, params: SelectSeed) -> dict[str, str]:
 
 
 _ADVICE = {
+    "diverged": "lower train.learning_rate, set train.max_grad_norm, or warm up (train.lr_scheduler_type"
+    " constant_with_warmup and train.warmup_steps)",
     "no movement": "raise train.learning_rate or train.max_steps; with train.scaling reference the rate that works"
     " depends on the number of entries, scale_free has one for all",
     "both classes on one side": "lower train.learning_rate and use train.scaling scale_free, for the biases may have"
@@ -101,12 +109,16 @@ def seed_report(metrics: Mapping[int, Metrics], params: SelectSeed) -> dict[str,
     """Take the seeds in order until enough have converged; keep the best of those taken.
 
     Best is the highest selection score (the validation correlation, or minus the validation loss) among the converged
-    seeds, else the highest of all; ties keep the earlier seed. Every seed is evaluated on the same rows, so scores
-    compare (WEAK-05). The result is what the sequential reference decides, although the seeds ran in parallel; the
-    share of converged seeds and its interval are those of all of them.
+    seeds, else the highest of those that were trained to the end; ties keep the earlier seed. Every seed is evaluated
+    on the same rows, so scores compare (WEAK-05). The result is what the sequential reference decides, although the
+    seeds ran in parallel; the share of converged seeds and its interval are those of all of them.
 
     Args:
         metrics: per seed its metrics.json, in the order of selection; `max_seeds` of them count.
+
+    Raises:
+        GradiendError: every seed stopped: what is left of them are weights from before the end, which say nothing
+            about the feature and are not worth evaluating.
     """
     considered = dict(list(metrics.items())[: params.max_seeds])
     everyone = [_run(seed, found, params) for seed, found in considered.items()]
@@ -115,7 +127,10 @@ def seed_report(metrics: Mapping[int, Metrics], params: SelectSeed) -> dict[str,
         reached = [number for number, run in enumerate(everyone, start=1) if run["converged"]][enough - 1 : enough]
         runs = everyone[: reached[0]] if reached else everyone
     converged = [run for run in runs if run["converged"]]
-    best = max(converged or runs, key=_rank)
+    finished = [run for run in runs if "diverged" not in run["diagnoses"]]
+    if not finished:
+        raise GradiendError(f"every seed diverged, so that there is no model to go on with:\n{_explained(runs)}")
+    best = max(converged or finished, key=_rank)
     fallback = "highest_correlation_fallback" if params.convergent_metric == "correlation" else "lowest_loss_fallback"
     successes = sum(run["converged"] for run in everyone)
     low, high = exact_interval(successes, len(everyone))
@@ -146,10 +161,14 @@ def non_convergence(report: Mapping[str, Any]) -> str | None:
     needed = report["min_convergent_seeds"] or 1
     if report["convergent_count"] >= needed:
         return None
-    lines = [f"{report['convergent_count']} of {len(report['runs'])} seeds converged, {needed} needed:"]
-    for run in report["runs"]:
-        lines.append(f"  seed {run['seed']}: {'; '.join(run['reasons']) or 'converged'}")
-    advice = {name: text for run in report["runs"] for name, text in run["diagnoses"].items()}
+    found = f"{report['convergent_count']} of {len(report['runs'])} seeds converged, {needed} needed:"
+    return f"{found}\n{_explained(report['runs'])}"
+
+
+def _explained(runs: Sequence[Mapping[str, Any]]) -> str:
+    """For each seed why it has not converged, and for each cause what to try."""
+    lines = [f"  seed {run['seed']}: {'; '.join(run['reasons']) or 'converged'}" for run in runs]
+    advice = {name: text for run in runs for name, text in run["diagnoses"].items()}
     lines += [f"  {name}: {text}" for name, text in advice.items()]
     return "\n".join([*lines, "  More seeds (`seeds`) are more chances. What was trained stays under seeds/."])
 
@@ -177,11 +196,14 @@ def _run(seed: int, metrics: Metrics, params: SelectSeed) -> dict[str, Any]:
         "diagnoses": diagnoses(metrics, params),
         "training_score": correlation,
         "eval_correlation": correlation,
+        "eval_correlation_low": metrics.get("correlation_low"),
+        "eval_correlation_high": metrics.get("correlation_high"),
         "selection_score": selection,
         "convergence_metric": params.convergent_metric,
         "convergence_metric_value": score,
         "threshold": params.score_threshold,
         "best_checkpoint_global_step": metrics["best_step"],
+        "stopped_step": metrics.get("stopped_step"),
         "convergent_mean_by_class_threshold": params.convergent_mean_by_class_threshold,
         "convergent_min_target_class_abs_mean": min(known, default=None),
         "r2": r2,

@@ -1,13 +1,16 @@
 """What a user is told about a broken params.yaml, and that the page about it is current."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from gradiend_core.config.arguments import ARGUMENTS
 from gradiend_core.config.corpora import TextCorpus
-from gradiend_core.config.params import Params, validate_params
+from gradiend_core.config.params import Params, Run, validate_params
 from gradiend_core.config.pre_prune import PrePrune
 from gradiend_core.config.reference import parameter_reference
 from gradiend_core.config.section import read_params, read_section, read_value
@@ -50,7 +53,8 @@ def test_parameter_page_names_every_key_with_type_default_and_meaning() -> None:
     assert "| `max_size` | integer >= 1 or null | `null` |" in page
     assert "| `adam_epsilon` | number > 0 | `1.0e-8` |" in page
     assert "| `corpus` | name | required |" in page
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    keys = page[: page.index("## Arguments of the reference package")]
+    rows = [line for line in keys.splitlines() if line.startswith("| `")]
     assert [row for row in rows if row.count("|") != 5] == []
     assert [row for row in rows if row.rstrip("| ").endswith("required")] == [], "a key without a meaning"
 
@@ -85,6 +89,83 @@ def test_run_named_like_a_section_does_not_confuse_the_hint(params: dict[str, An
     assert problems(params) == ["params.yaml: runs.train.datset: unknown key; did you mean 'dataset'?"]
 
 
+def keys() -> set[str]:
+    """Every key of a run below `runs.<name>`, and of the file."""
+    inside = {
+        f"{name}.{key}"
+        for name, field in Run.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+    }
+    return inside | set(Run.model_fields) | set(Params.model_fields)
+
+
+def test_every_argument_of_the_reference_is_accounted_for() -> None:
+    names = json.loads((ROOT / "tests/reference/arguments.json").read_text())
+    assert [(group, name) for group, found in names.items() for name in found if name not in ARGUMENTS[group]] == []
+    assert set(ARGUMENTS) == {*names, "Other training loops"}
+
+
+def test_arguments_are_keys_that_exist_or_say_what_replaces_them() -> None:
+    stages = {"PrePruneConfig": "pre_prune", "PostPruneConfig": "post_prune"}
+    for group, arguments in ARGUMENTS.items():
+        for name, (honouring, words) in arguments.items():
+            assert set(honouring) <= keys(), name
+            assert honouring or words, name
+            here = f"{stages.get(group, 'train')}.{name}"
+            assert here not in keys() or here in honouring, f"{name} is a key, but said to be none"
+
+
+def test_honoured_arguments_are_tested_somewhere() -> None:
+    others = (file for file in Path(__file__).parent.glob("test_*.py") if file != Path(__file__))
+    tests = "".join(file.read_text("utf-8") for file in others)
+    honouring = {key for arguments in ARGUMENTS.values() for argument in arguments.values() for key in argument.keys}
+    assert {key for key in honouring if not re.search(rf"\b{key.split('.')[-1]}\b", tests)} == set()
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "says"),
+    [
+        ("train", "use_cache", "results are keyed by the content of all they depend on, and restored when they exist"),
+        ("train", "decoder_eval_lrs", "here it is evaluate_decoder.lrs"),
+        ("train", "do_eval", "here it is train.eval_strategy; `no`: the last step alone is evaluated"),
+        ("train", "fp16", "stored gradients are float32 or bfloat16, sums and weights float32"),
+        ("train", "min_ratio", "the search has two settings, `train.learning_rate_probe_steps` and "),
+        ("pre_prune", "dataset", "here it is dataset; its training rows"),
+        ("pre_prune", "use_cached_gradients", "the sample comes before the store, which holds the kept entries only"),
+        ("post_prune", "inplace", "pruning gives a new model; that of the seed stays"),
+        ("post_prune", "params", "here it is pre_prune.params"),
+    ],
+)
+def test_argument_of_the_reference_is_answered_with_what_replaces_it(
+    params: dict[str, Any], section: str, key: str, says: str
+) -> None:
+    params["runs"]["pronoun_number"][section] = {key: 1}
+    [line] = problems(params)
+    assert line.startswith(f"params.yaml: runs.pronoun_number.{section}.{key}: unknown key; {says}")
+    assert line.endswith("(docs/params.md)")
+
+
+def test_arguments_are_answered_in_runs_only(params: dict[str, Any]) -> None:
+    params["base_models"]["trained"]["demo-bert"]["training"]["use_cache"] = True
+    params["seed"] = 3
+    found = problems(params)
+    assert len(found) == 2
+    assert not any("docs/params.md" in line for line in found)
+
+
+def test_parameter_page_has_a_row_for_every_argument() -> None:
+    page = parameter_reference()
+    assert "| `train_batch_size` | `train.train_batch_size` |  |" in page
+    assert "| `seed_runs_dir` | none | `artifacts/runs/<name>/seeds/` |" in page
+    assert page.count(" | none | ") == sum(not one.keys for group in ARGUMENTS.values() for one in group.values())
+
+
+def test_unknown_key_of_an_optional_section(params: dict[str, Any]) -> None:
+    params["runs"]["pronoun_number"]["post_prune"] = {"mask": {"path": "a", "sha256": "0" * 64, "pth": 1}}
+    place = "params.yaml: runs.pronoun_number.post_prune.mask.pth"
+    assert problems(params) == [f"{place}: unknown key; did you mean 'path'?"]
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "says"),
     [
@@ -93,7 +174,14 @@ def test_run_named_like_a_section_does_not_confuse_the_hint(params: dict[str, An
         ("train", "max_steps", True, "valid integer, not True"),
         ("train", "max_steps", 2.0, "valid integer, not 2.0"),
         ("train", "learning_rate", "1e-5", "'1e-5' was read as text: write it as a number with a dot, e.g. 1.0e-5"),
-        ("train", "learning_rate", float("nan"), "finite number, not nan"),
+        ("train", "learning_rate", float("nan"), "number > 0 or `tune`, not nan"),
+        ("train", "learning_rate", float("inf"), "number > 0 or `tune`, not inf"),
+        ("train", "learning_rate", -1, "number > 0 or `tune`, not -1"),
+        ("train", "learning_rate", True, "number > 0 or `tune`, not True"),
+        ("train", "learning_rate", "tuned", "number > 0 or `tune`, not 'tuned'"),
+        ("train", "learning_rate_max_probes", 0, "greater than or equal to 1, not 0"),
+        ("train", "weight_decay", float("nan"), "finite number, not nan"),
+        ("train", "report_to", ["wandb"], "'tensorboard', not 'wandb'"),
         ("evaluate_encoder", "confidence", 1.0, "less than 1, not 1.0"),
         ("evaluate_decoder", "feature_factors", [float("inf")], "finite number, not inf"),
         ("evaluate_decoder", "lrs", [], "at least 1 item"),
@@ -121,6 +209,23 @@ def test_count_fraction_and_null_are_kept_apart(params: dict[str, Any], topk: fl
     params["runs"]["pronoun_number"]["post_prune"] = {"topk": topk}
     kept = validate_params(params, "params.yaml").runs["pronoun_number"].post_prune.topk
     assert (kept, type(kept)) == (topk, type(topk))
+
+
+@pytest.mark.parametrize(("given", "kept"), [(1, 1.0), (1.0e-12, 1.0e-12), ("tune", "tune")])
+def test_learning_rate_is_a_number_or_tune(given: Any, kept: Any) -> None:
+    rate = Train.model_validate({"learning_rate": given}).learning_rate
+    assert (rate, type(rate)) == (kept, type(kept))
+    assert (
+        Train.model_validate({"learning_rate": "tune", "lr_scheduler_type": "polynomial"}).lowest_learning_rate == 1e-7
+    )
+
+
+def test_runners_up_need_a_ranking(params: dict[str, Any]) -> None:
+    params["runs"]["pronoun_number"]["train"] = {"preserve_n_best": 2, "load_best_model_at_end": False}
+    says = "preserve_n_best 2 ranks evaluations: set load_best_model_at_end"
+    assert problems(params) == [f"params.yaml: runs.pronoun_number.train: {says}"]
+    params["runs"]["pronoun_number"]["train"] = {"preserve_n_best": 1, "load_best_model_at_end": False}
+    validate_params(params, "params.yaml")
 
 
 def test_aligned_mean_needs_two_rows(params: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pipeline.select_seed import main
 PARAMS = SelectSeed.model_validate({"convergent_mean_by_class_threshold": 0.25})
 LOSS = SelectSeed.model_validate({"convergent_metric": "loss", "convergent_score_threshold": 2.0})
 
-# What semantics 6 lists, but for output_dir, used_cache, split_cycle_index and split_cycle_length.
+# What semantics 6 lists, but for output_dir, trained, used_cache, split_cycle_index and split_cycle_length.
 REFERENCE_KEYS = {
     "convergence_metric",
     "threshold",
@@ -168,6 +168,38 @@ def test_seed_without_a_score_is_the_last_choice_but_one_of_nothing() -> None:
     assert seed_report({0: nothing}, PARAMS)["best_seed"] == 0
 
 
+def stopped(correlation: float = 0.99, **changed: Any) -> dict[str, Any]:
+    """Metrics of a training that was ended by a loss that is not finite, good as its last evaluation may have been."""
+    return metrics(correlation, stopped="seed 4 stopped at step 40: the loss is nan", stopped_step=40, seed=4) | changed
+
+
+def test_stopped_seed_has_not_converged_and_says_why() -> None:
+    report = seed_report({0: stopped(), 1: metrics(0.6)}, PARAMS)
+    assert (report["best_seed"], report["convergent_seeds"], report["convergent_fraction"]) == (1, [1], 0.5)
+    first, second = report["runs"]
+    assert (first["converged"], first["reasons"]) == (False, ["stopped at step 40: the loss is nan"])
+    assert (first["stopped_step"], second["stopped_step"]) == (40, None)
+    assert list(first["diagnoses"]) == ["diverged"]
+    for advice in ("lower train.learning_rate", "train.max_grad_norm", "train.warmup_steps"):
+        assert advice in first["diagnoses"]["diverged"]
+    assert diagnoses(stopped(r2=-1.0), LOSS).keys() == {"diverged"}
+
+
+def test_stopped_seed_is_not_kept_while_another_was_trained_to_the_end() -> None:
+    poor = {"best_step": 0}  # without any score
+    assert seed_report({0: stopped(), 1: poor, 2: stopped()}, PARAMS)["best_seed"] == 1
+    report = seed_report({0: poor, 1: stopped(eval_loss=0.1), 2: metrics(eval_loss=9.0)}, LOSS)
+    assert (report["best_seed"], report["best_seed_selection_strategy"]) == (2, "lowest_loss_fallback")
+    nothing = {"best_step": 0, "stopped": "stopped at step 1", "stopped_step": 1}
+    assert seed_report({0: nothing, 1: metrics(0.1)}, PARAMS)["best_seed"] == 1
+
+
+def test_interval_of_the_correlation_is_passed_on() -> None:
+    report = seed_report({0: metrics(0.3, correlation_low=0.1, correlation_high=0.4), 1: metrics()}, PARAMS)
+    bounds = [(run["eval_correlation_low"], run["eval_correlation_high"]) for run in report["runs"]]
+    assert bounds == [(0.1, 0.4), (None, None)]
+
+
 @pytest.mark.parametrize(
     ("changed", "diagnosis"),
     [
@@ -312,6 +344,20 @@ def test_stage_fails_on_non_convergence_and_leaves_the_seeds(caplog: pytest.LogC
     assert not Path("seed_report.json").exists()
     assert len(list(Path("seeds").rglob("model.safetensors"))) == 2
     run_stage("{fail_on_non_convergence: true}", seeds | {1: metrics()})
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_stage_goes_on_without_the_stopped_seeds_and_fails_when_there_are_no_others() -> None:
+    report = run_stage("{min_convergent_seeds: null}", {0: stopped(), 1: metrics(0.1), 2: stopped()})
+    assert (report["best_seed"], report["convergent_count"]) == (1, 0)
+    Path("seed_report.json").unlink()
+    with pytest.raises(GradiendError) as raised:
+        run_stage("{}", {4: stopped(), 7: stopped(0.2)})
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "runs.one.select_seed: every seed diverged, so that there is no model to go on with:"
+    assert lines[1:3] == [f"  seed {seed}: stopped at step 40: the loss is nan" for seed in (4, 7)]
+    assert lines[3].startswith("  diverged: lower train.learning_rate")
+    assert not Path("seed_report.json").exists()
 
 
 @pytest.mark.usefixtures("in_folder")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from dvc.render.match import match_defs_renderers
+from dvc.repo import Repo
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import is_math_text
@@ -22,7 +26,10 @@ from gradiend_core.errors import GradiendError
 from gradiend_core.plotting import style
 from gradiend_core.plotting.decoder import plot_decoder
 from gradiend_core.plotting.encoder import plot_encodings
-from gradiend_core.plotting.training import plot_training
+from gradiend_core.plotting.training import plot_training, training_curves
+from gradiend_core.training.tables import HISTORY
+
+ROOT = Path(__file__).parents[2]
 
 CLASSES = ("masc_nom", "3PL")
 ODD = ("_a$b$c", "$x_y")
@@ -44,13 +51,18 @@ def history(rate: float = 0.05, neutral: bool = True) -> pd.DataFrame:
     )
 
 
-def training_figure(histories: dict[int, pd.DataFrame] | None = None, classes: tuple[str, str] = CLASSES) -> Figure:
+def training_figure(
+    histories: dict[int, pd.DataFrame] | None = None,
+    classes: tuple[str, str] = CLASSES,
+    stopped_steps: dict[int, int] | None = None,
+) -> Figure:
     histories = histories or {0: history(), 1: history(0.08), 2: history(0.002)}
     return plot_training(
         histories,
         {seed: 60 + 20 * (seed % 3) for seed in histories},
         selected_seed=1 if 1 in histories else 0,
         converged={seed: seed != 2 for seed in histories},
+        stopped_steps=stopped_steps or {},
         target_classes=classes,
         title="a run",
     )
@@ -219,6 +231,59 @@ def test_axis_of_the_means_holds_encodings_without_bounds_and_bands() -> None:
     wide = history().assign(mean_positive=3.0)
     assert training_figure({0: history(), 1: wide}).axes[-1].get_ylim() == pytest.approx((-3.24, 3.24))
     assert training_figure({0: detailed(spread=2.0)}).axes[-1].get_ylim()[1] > 4.0
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 3])
+def test_training_marks_where_a_seed_diverged_and_has_room_for_the_others(evaluations: int) -> None:
+    wild = detailed().assign(loss=1e9, mean_positive=1e3)[:evaluations]
+    others = {0: detailed(), 1: detailed(0.08)}
+    calm = training_figure(others)
+    figure = training_figure(others | {2: wild}, stopped_steps={2: 50})
+    assert legend_texts(figure)[2] == "seed 2 (diverged at step 50)"
+    for axes, without in zip(figure.axes, calm.axes, strict=True):
+        assert axes.get_ylim() == pytest.approx(without.get_ylim())
+        (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
+        assert data(cross) == ([50], [0])
+    drawn = [data(line)[1] for line in figure.axes[-1].lines]
+    assert wild["mean_positive"].tolist() in drawn
+    assert not [line for axes in calm.axes for line in axes.lines if line.get_marker() == "x"]
+
+
+def test_curves_of_all_seeds_are_one_table() -> None:
+    histories = {3: history(), 1: history(0.08)[:2]}
+    curves = training_curves(histories)
+    assert curves.columns.tolist() == ["seed", *history()]
+    assert curves["seed"].tolist() == [3] * 6 + [1] * 2
+    for seed, table in histories.items():
+        own = curves[curves["seed"] == seed].drop(columns="seed").reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, table)
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # in dvc, of pygtrie
+def test_dvc_plots_the_seeds_of_a_run_as_curves_of_one_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True)
+    shutil.copytree(ROOT / ".dvc/plots", ".dvc/plots")
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]["plot"]["do"]
+    [curves] = [plot for plot in stage["plots"] if isinstance(plot, dict)]
+    stages = {"plot": {"foreach": ["one"], "do": {"cmd": "true", "plots": [curves]}}}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}).replace("${key}", "${item}"))
+    file = Path("artifacts/runs/one/plots/training.csv")
+    file.parent.mkdir(parents=True)
+    table = pd.DataFrame({name: np.arange(3.0) for name in HISTORY} | {"step": range(3)})
+    training_curves({0: table, 7: table[:2]}).to_csv(file, index=False)
+    repo = Repo()
+    [plot] = match_defs_renderers(repo.plots.show(), templates_dir=repo.plots.templates_dir)
+    drawn = plot.renderer.get_filled_template()
+    rows = drawn["data"]["values"]
+    assert [(row["seed"], row["step"]) for row in rows] == [("0", "0"), ("0", "1"), ("0", "2"), ("7", "0"), ("7", "1")]
+    encoding = drawn["spec"]["encoding"]
+    assert (encoding["x"]["field"], encoding["color"]["field"], encoding["strokeDash"]["field"]) == (
+        "step",
+        "seed",
+        "rev",
+    )
+    assert set(drawn["transform"][0]["fold"]) == set(drawn["facet"]["sort"]) <= set(rows[0])
 
 
 @pytest.mark.parametrize(("largest", "labels"), [(30.0, ["1", "2", "5", "10", "20"]), (3000.0, [])])

@@ -1,5 +1,6 @@
 """Post-pruning: what is kept, and what the scores before and after say."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.evaluation.pruning import pruning_scores
@@ -19,6 +23,7 @@ from gradiend_core.tensors import save_tensors
 from pipeline.post_prune import main
 
 N = 9
+PARTS = ["encoder-weight", "decoder-weight", "decoder-bias", "decoder-sum"]
 
 
 def selection() -> Selection:
@@ -92,6 +97,37 @@ def test_scores_of_the_pruned_are_those_of_the_masked_full_model(
     assert scores["r2_after"] == pytest.approx(expected_scores(zeroed, opened, kept.tolist())[1], rel=1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    part=st.sampled_from(PARTS),
+    topk=st.none() | st.integers(1, 2 * N) | st.floats(0.01, 1),
+    quantile=st.none() | st.floats(0, 1),
+    allowed=st.none() | st.lists(st.booleans(), min_size=N, max_size=N).filter(any),
+    latent_dim=st.integers(1, 3),
+    bias=st.booleans(),
+)
+def test_pruned_model_is_the_full_one_with_the_other_entries_at_zero(
+    part: Any, topk: Any, quantile: float | None, allowed: list[bool] | None, latent_dim: int, bias: bool
+) -> None:
+    full = model(latent_dim=latent_dim, bias_decoder=bias)
+    mask = torch.tensor(allowed or [True] * N)
+    importance = full.importance(part)
+    threshold = None if quantile is None else float(importance[mask].quantile(quantile, interpolation="lower"))
+    left = [int(i) for i in importance.argsort(descending=True, stable=True) if mask[i]]
+    left = [i for i in left if threshold is None or importance[i] >= threshold]
+    count = len(left) if topk is None else topk if isinstance(topk, int) else int(np.ceil(topk * len(left)))
+    pruned = full.prune(topk, part, threshold=threshold, mask=mask if allowed else None)
+    kept = full.selection.locate(pruned.selection)
+    assert kept.tolist() == sorted(left[:count])
+    gradients = torch.randn(5, N, generator=torch.Generator().manual_seed(3))
+    zeroed = masked(full, kept)
+    encoded = zeroed.encode(gradients)
+    torch.testing.assert_close(pruned.encode(gradients[:, kept]), encoded)
+    torch.testing.assert_close(pruned.decode(encoded), zeroed.decode(encoded)[:, kept])
+    dropped = [i for i in range(N) if i not in kept]
+    assert not zeroed.decode(encoded)[:, dropped].any()
+
+
 def test_pruning_nothing_costs_nothing(tmp_path: Path) -> None:
     full = model()
     scores = pruning_scores(full, full.prune(), store(tmp_path / "store"))
@@ -119,7 +155,7 @@ def run_stage(section: str) -> dict[str, Any]:
     return metrics
 
 
-@pytest.mark.parametrize("part", ["encoder-weight", "decoder-weight", "decoder-bias", "decoder-sum"])
+@pytest.mark.parametrize("part", PARTS)
 def test_stage_prunes_by_threshold_then_topk(part: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     importance = model().importance(part)
@@ -154,3 +190,47 @@ def test_threshold_that_no_entry_reaches_names_the_section(tmp_path: Path, monke
     with pytest.raises(GradiendError, match=r"^runs\.one\.post_prune: threshold: no entry's decoder-weight"):
         run_stage("{threshold: 100.0}")
     assert not Path("model/model.safetensors").exists()
+
+
+def write_mask(**tensors: torch.Tensor) -> str:
+    """Write own.safetensors; its SHA-256."""
+    save_file(tensors, "own.safetensors")
+    return hashlib.sha256(Path("own.safetensors").read_bytes()).hexdigest()
+
+
+def test_stage_prunes_by_a_mask_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = torch.tensor([True, False, True, True, False, True, False, False, True])
+    section = "{topk: 3, mask: {path: own.safetensors, sha256: %s}}"
+    first = write_mask(mask=mask)
+    run_stage(section % first)
+    found, expected = GradiendModel.from_pretrained("model"), model().prune(3, mask=mask)
+    assert torch.equal(found.selection.base_global_indices(), expected.selection.base_global_indices())
+    assert expected.selection.n == 3
+    assert not torch.equal(expected.selection.base_global_indices(), model().prune(3).selection.base_global_indices())
+    manifest = json.loads(Path("manifest.json").read_text())
+    assert manifest["inputs"]["own.safetensors"] == manifest["params"]["mask"]["sha256"] == first
+    second = write_mask(mask=~mask)
+    with pytest.raises(GradiendError, match=f"^runs.one.post_prune: mask: own.safetensors has the SHA-256 {second}"):
+        run_stage(section % first)
+    run_stage(section % second)
+    assert GradiendModel.from_pretrained("model").selection.n == 3
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (
+            {"other": torch.ones(N, dtype=torch.bool)},
+            "mask: own.safetensors holds other, but no tensor of the name mask",
+        ),
+        ({"mask": torch.ones(N - 1, dtype=torch.bool)}, r"mask: must be a bool tensor \[9\]"),
+    ],
+)
+def test_file_without_a_usable_mask_is_refused(
+    tensors: dict[str, torch.Tensor], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GradiendError, match=f"^runs.one.post_prune: {says}"):
+        run_stage(f"{{mask: {{path: own.safetensors, sha256: {write_mask(**tensors)}}}}}")
+    assert not Path("model").exists()
