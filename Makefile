@@ -5,11 +5,11 @@ GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PYTHON ?= python3
 RUN := . .venv/bin/activate &&
 
-.PHONY: help run dvc test check bench clean
+.PHONY: help run dvc test test-slurm check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
 run: .venv/run  ## Run the whole pipeline with Snakemake on all cores (CORES=2 for two)
 	$(RUN) snakemake --cores $(CORES) $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS))
@@ -26,6 +26,9 @@ check: .venv/dev  ## Formatter, linters and types
 
 test: check  ## Everything that has to pass: check and all tests
 	$(RUN) pytest
+
+test-slurm: .venv/dev  ## The tests on a real Slurm, started here for them (QUICK=1 for two minutes instead of seven)
+	$(RUN) GRADIEND_TEST_SLURM=$(if $(QUICK),quick,all) pytest tests/cluster/test_slurm.py
 
 bench:  ## Measure gradients against their limits and the reference package (ONLY=collector for one part)
 	@$(PYTHON) -m bench.gradients.plan $(ONLY)

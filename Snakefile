@@ -37,8 +37,10 @@ GRAMMAR, TEXT = (PARAMS["corpora"][source] for source in ("grammar", "text"))
 DATASETS, RUNS = PARAMS["datasets"], PARAMS["runs"]
 MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
-# `python` in a rule is the one that runs Snakemake, also when its environment was not activated.
-shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; ")
+# `python` in a rule is the one that runs Snakemake, also when its environment was not activated. The GPUs of a job on a
+# cluster are those that its scheduler has given it (pipeline/gpus.py).
+GPUS_GIVEN = " GRADIEND_GPUS_GIVEN=1" if workflow.remote_exec else ""
+shell.prefix(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH{GPUS_GIVEN}; ")
 
 
 def one_of(names):
@@ -53,10 +55,22 @@ def version(address):
 
 def language_model_threads():
     """Half of this machine's cores, so that two such stages run side by side; 4 on a cluster."""
+    if workflow.remote_exec:  # a node's cores are not the job's
+        return 4
     try:
         return max(1, workflow.cores // 2)
     except WorkflowError:
         return 4
+
+
+def growing(mem_mb):
+    """So much memory at first, twice as much when the job is tried again, and so on."""
+    return lambda wildcards, attempt: mem_mb * attempt
+
+
+def processes(wildcards):
+    """Those that train a base model together, each with a core and, where there are any, a GPU of its own."""
+    return TRAINED[wildcards.model].get("training", {}).get("processes", 1)
 
 
 def base_model(wildcards):
@@ -108,7 +122,7 @@ rule corpus_grammar:
         corpus=one_of(GRAMMAR),
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
         runtime=30,
     params:
         version=version("corpus_grammar@{corpus}"),
@@ -133,7 +147,7 @@ rule corpus_text:
         corpus=one_of(TEXT),
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
         runtime=30,
     params:
         version=version("corpus_text@{corpus}"),
@@ -160,17 +174,18 @@ rule base_model_trained:
         "benchmarks/base_model_trained/{model}.tsv"
     wildcard_constraints:
         model=one_of(TRAINED),
-    threads: 1
+    threads: processes
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=240,
-        gpu=1,
+        gpu=processes,
     params:
         version=version("base_model_trained@{model}"),
     message:
         "Train the small base model {wildcards.model} on its corpus"
     shell:
-        "python -m pipeline.cached --threads {threads} base_model_trained@{wildcards.model} > {log} 2>&1"
+        "python -m pipeline.cached --threads 1 --gpus {resources.gpu} "
+        "base_model_trained@{wildcards.model} > {log} 2>&1"
 
 
 rule base_model_local:
@@ -191,7 +206,7 @@ rule base_model_local:
         model=one_of(LOCAL),
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=60,
     params:
         version=version("base_model_local@{model}"),
@@ -218,7 +233,7 @@ rule base_model_hub:
         model=one_of(HUB),
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=240,
     params:
         version=version("base_model_hub@{model}"),
@@ -242,7 +257,7 @@ rule generate_data:
         "benchmarks/generate_data/{dataset}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=growing(4000),
         runtime=60,
     params:
         version=version("generate_data@{dataset}"),
@@ -266,7 +281,7 @@ rule pre_prune:
         "benchmarks/pre_prune/{run}.tsv"
     threads: language_model_threads()
     resources:
-        mem_mb=16000,
+        mem_mb=growing(16000),
         runtime=120,
         gpu=1,
     params:
@@ -274,7 +289,7 @@ rule pre_prune:
     message:
         "Choose the weights whose gradients run {wildcards.run} keeps"
     shell:
-        "python -m pipeline.cached --threads {threads} pre_prune@{wildcards.run} > {log} 2>&1"
+        "python -m pipeline.cached --threads {threads} --gpus {resources.gpu} " "pre_prune@{wildcards.run} > {log} 2>&1"
 
 
 # The selection pins base model and data by content: to depend on it is to depend on all three (see dvc.yaml).
@@ -292,7 +307,7 @@ rule cache_gradients:
         "benchmarks/cache_gradients/{run}-{shard}.tsv"
     threads: language_model_threads()
     resources:
-        mem_mb=16000,
+        mem_mb=growing(16000),
         runtime=480,
         gpu=1,
     params:
@@ -300,7 +315,8 @@ rule cache_gradients:
     message:
         "Collect the gradients of run {wildcards.run}, shard {wildcards.shard}"
     shell:
-        "python -m pipeline.cached --threads {threads} cache_gradients@{wildcards.run}-{wildcards.shard} > {log} 2>&1"
+        "python -m pipeline.cached --threads {threads} --gpus {resources.gpu} "
+        "cache_gradients@{wildcards.run}-{wildcards.shard} > {log} 2>&1"
 
 
 rule train:
@@ -312,6 +328,7 @@ rule train:
         model=update("artifacts/runs/{run}/seeds/{seed}/model.safetensors"),
         config=update("artifacts/runs/{run}/seeds/{seed}/config.json"),
         history=update("artifacts/runs/{run}/seeds/{seed}/history.parquet"),
+        runners_up=update("artifacts/runs/{run}/seeds/{seed}/runners_up.safetensors"),
         metrics=update("artifacts/runs/{run}/seeds/{seed}/metrics.json"),
         manifest=update("artifacts/manifests/train/{run}-{seed}.json"),
     log:
@@ -320,14 +337,16 @@ rule train:
         "benchmarks/train/{run}-{seed}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=120,
+        gpu=1,
     params:
         version=version("train@{run}-{seed}"),
     message:
         "Train run {wildcards.run} with seed {wildcards.seed}"
     shell:
-        "python -m pipeline.cached --threads {threads} train@{wildcards.run}-{wildcards.seed} > {log} 2>&1"
+        "python -m pipeline.cached --threads {threads} --gpus {resources.gpu} "
+        "train@{wildcards.run}-{wildcards.seed} > {log} 2>&1"
 
 
 rule select_seed:
@@ -335,6 +354,7 @@ rule select_seed:
         seed_models=expand("artifacts/runs/{{run}}/seeds/{seed}/model.safetensors", seed=SEEDS),
         seed_configs=expand("artifacts/runs/{{run}}/seeds/{seed}/config.json", seed=SEEDS),
         seed_histories=expand("artifacts/runs/{{run}}/seeds/{seed}/history.parquet", seed=SEEDS),
+        seed_runners_up=expand("artifacts/runs/{{run}}/seeds/{seed}/runners_up.safetensors", seed=SEEDS),
         seed_metrics=expand("artifacts/runs/{{run}}/seeds/{seed}/metrics.json", seed=SEEDS),
         spec=".stages/select_seed@{run}.spec.json",
     output:
@@ -346,7 +366,7 @@ rule select_seed:
         "benchmarks/select_seed/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=growing(4000),
         runtime=30,
     params:
         version=version("select_seed@{run}"),
@@ -362,6 +382,7 @@ rule post_prune:
         seed_models=expand("artifacts/runs/{{run}}/seeds/{seed}/model.safetensors", seed=SEEDS),
         seed_configs=expand("artifacts/runs/{{run}}/seeds/{seed}/config.json", seed=SEEDS),
         seed_histories=expand("artifacts/runs/{{run}}/seeds/{seed}/history.parquet", seed=SEEDS),
+        seed_runners_up=expand("artifacts/runs/{{run}}/seeds/{seed}/runners_up.safetensors", seed=SEEDS),
         seed_metrics=expand("artifacts/runs/{{run}}/seeds/{seed}/metrics.json", seed=SEEDS),
         gradients=expand("artifacts/runs/{{run}}/gradients/shard-{shard}.safetensors", shard=SHARDS),
         rows=expand("artifacts/runs/{{run}}/gradients/shard-{shard}.parquet", shard=SHARDS),
@@ -377,7 +398,7 @@ rule post_prune:
         "benchmarks/post_prune/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=30,
     params:
         version=version("post_prune@{run}"),
@@ -410,7 +431,7 @@ rule evaluate_encoder:
         "benchmarks/evaluate_encoder/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
         runtime=60,
     params:
         version=version("evaluate_encoder@{run}"),
@@ -442,7 +463,7 @@ rule evaluate_decoder:
         "benchmarks/evaluate_decoder/{run}.tsv"
     threads: language_model_threads()
     resources:
-        mem_mb=16000,
+        mem_mb=growing(16000),
         runtime=480,
         gpu=1,
     params:
@@ -450,7 +471,8 @@ rule evaluate_decoder:
     message:
         "Score changed base models of run {wildcards.run} over the grid of factors and rates"
     shell:
-        "python -m pipeline.cached --threads {threads} evaluate_decoder@{wildcards.run} > {log} 2>&1"
+        "python -m pipeline.cached --threads {threads} --gpus {resources.gpu} "
+        "evaluate_decoder@{wildcards.run} > {log} 2>&1"
 
 
 rule plot:
@@ -459,6 +481,7 @@ rule plot:
         seed_models=expand("artifacts/runs/{{run}}/seeds/{seed}/model.safetensors", seed=SEEDS),
         seed_configs=expand("artifacts/runs/{{run}}/seeds/{seed}/config.json", seed=SEEDS),
         seed_histories=expand("artifacts/runs/{{run}}/seeds/{seed}/history.parquet", seed=SEEDS),
+        seed_runners_up=expand("artifacts/runs/{{run}}/seeds/{seed}/runners_up.safetensors", seed=SEEDS),
         seed_metrics=expand("artifacts/runs/{{run}}/seeds/{seed}/metrics.json", seed=SEEDS),
         encodings="artifacts/runs/{run}/encoder/encodings.parquet",
         grid="artifacts/runs/{run}/decoder/grid.parquet",
@@ -472,6 +495,7 @@ rule plot:
             labels={"run": "{run}", "figure": "training"},
         ),
         training_pdf=update("artifacts/runs/{run}/plots/training.pdf"),
+        training_curves=update("artifacts/runs/{run}/plots/training.csv"),
         encoder=report(
             update("artifacts/runs/{run}/plots/encoder.png"),
             caption="workflow/report/encoder_plot.rst",
@@ -493,7 +517,7 @@ rule plot:
         "benchmarks/plot/{run}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=growing(4000),
         runtime=30,
     params:
         version=version("plot@{run}"),
@@ -531,7 +555,7 @@ for run, section in RUNS.items():
             f"benchmarks/rewrite_model/{run}.tsv"
         threads: 1
         resources:
-            mem_mb=8000,
+            mem_mb=growing(8000),
             runtime=60,
         params:
             version=version(f"rewrite_model@{run}"),

@@ -24,13 +24,16 @@ FILES = {
     "generate_data": ["training.parquet", "neutral.parquet"],
     "pre_prune": [""],
     "cache_gradients": ["shard-{shard}.safetensors", "shard-{shard}.parquet"],
-    "train": ["model.safetensors", "config.json", "history.parquet", "metrics.json"],
+    "train": ["model.safetensors", "config.json", "history.parquet", "runners_up.safetensors", "metrics.json"],
     "select_seed": [""],
     "post_prune": ["model.safetensors", "config.json", "metrics.json"],
     "evaluate_encoder": ["encodings.parquet", "metrics.json", "details.json"],
     "evaluate_decoder": ["grid.parquet", "metrics.json"],
     "rewrite_model": [f"{{target}}/{name}" for name in ["README.md", *MODEL]],
-    "plot": [f"{figure}.{kind}" for figure in ("training", "encoder", "decoder") for kind in ("png", "pdf")],
+    "plot": [
+        "training.csv",
+        *(f"{figure}.{kind}" for figure in ("training", "encoder", "decoder") for kind in ("png", "pdf")),
+    ],
 }
 
 

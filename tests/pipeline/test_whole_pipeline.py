@@ -16,7 +16,17 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from gradiend_core import GradiendModel, GradientStore
 from project import ROOT, Project
 
-_REAL = ["Snakefile", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "profiles", "workflow", "pipeline"]
+_REAL = [
+    "Snakefile",
+    "dvc.yaml",
+    ".dvc/config",
+    ".dvc/plots",
+    ".dvcignore",
+    ".gitignore",
+    "profiles",
+    "workflow",
+    "pipeline",
+]
 _REAL += ["gradiend_core", "data"]
 
 _TINY = {
@@ -132,7 +142,9 @@ def test_metrics_plots_and_reports_are_shown(finished: tuple[Project, Project]) 
     metrics = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
     assert "artifacts/runs/gender/encoder/metrics.json" in metrics
     project.dvc("plots", "show")
-    assert "training.png" in (project.folder / "dvc_plots/index.html").read_text()
+    page = (project.folder / "dvc_plots/index.html").read_text()
+    assert "training.png" in page
+    assert all(f'"seed": "{seed}", "step": "0"' in page for seed in _TINY["seeds"])
     finished[0].snakemake("--report", "report.html")
     assert "encoder" in (finished[0].folder / "report.html").read_text()
 

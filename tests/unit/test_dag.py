@@ -41,7 +41,7 @@ def jobs(dry_run: str) -> list[str]:
 
 def declaration(job: str) -> tuple[str, tuple[set[str], set[str]]]:
     """A job's stage, inputs and outputs."""
-    stage = re.search(r"pipeline\.cached --threads \d+ (\S+) > logs/", job)
+    stage = re.search(r"pipeline\.cached --threads \d+(?: --gpus \d+)? (\S+) > logs/", job)
     inputs, outputs = (re.search(rf"^    {name}: (.*)$", job, re.MULTILINE) for name in ("input", "output"))
     if stage is None or inputs is None or outputs is None:
         pytest.fail(f"not the job of a stage:\n{job}")
