@@ -17,7 +17,7 @@ import torch
 
 from bench.training import tables
 from bench.training.runs import run
-from bench.training.stores import CLASSES, build_store, mean_norm, scaled, tiled
+from bench.training.stores import CLASSES, build_store, entries, mean_norm, scaled
 from gradiend_core.gradients.store import GradientStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +32,18 @@ Record = dict[str, Any]
 
 
 def size(artifacts: Path, model: str) -> Iterator[Record]:
-    """Pruning levels, down to none."""
-    for n in (1_000, 10_000, 100_000, None):
+    """Pruning levels, down to none if the model is small."""
+    whole = entries(artifacts, model)
+    levels = [n for n in (1_000, 10_000, 100_000, 1_000_000, 10_000_000) if n < whole]
+    for n in levels + [whole] * (whole < 1_000_000):
         for feature in CLASSES:
             store = build_store(artifacts, model, feature, n)
-            yield from _runs(store, feature, (5, 3) if store.n <= 10_000 else (3, 1))
+            yield from _runs(store, feature, _seeds(n))
+
+
+def _seeds(n: int) -> tuple[int, int]:
+    """Seeds of the default and of each reference rate: fewer where a step takes long."""
+    return (5, 3) if n <= 10_000 else (3, 1) if n <= 1_000_000 else (2, 1)
 
 
 def norm(artifacts: Path, model: str) -> Iterator[Record]:
@@ -66,14 +73,7 @@ def pair(artifacts: Path, model: str) -> Iterator[Record]:
                 yield from _runs(store, feature, (3, 1), settings={"source": source, "target": target})
 
 
-def wide(artifacts: Path, model: str) -> Iterator[Record]:
-    """Wider than the model: copies whose rows change places (`stores.tiled`)."""
-    store = build_store(artifacts, model, "pronoun_number", 100_000)
-    for n, rows, seeds in ((1_000_000, 100, (3, 1)), (10_000_000, 30, (1, 0))):
-        yield from _runs(tiled(store, n, rows), "pronoun_number", seeds)
-
-
-AXES = {axis.__name__: axis for axis in (size, norm, batch, pair, wide)}
+AXES = {axis.__name__: axis for axis in (size, norm, batch, pair)}
 
 
 def _runs(

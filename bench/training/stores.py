@@ -26,11 +26,17 @@ STORED: Final[tuple[Stored, ...]] = ("alternative", "diff")
 SAMPLE = 64  # rows of the importance, as in the demo
 BATCH = 32
 NEUTRAL_ROWS = 20  # neutral rows take no part in convergence
-ENTRIES = 5e7  # of one matrix (200 MB): wide stores get fewer rows
+ENTRIES = 5e8  # of one matrix (2 GB): wide stores get fewer rows
 
 
-def build_store(artifacts: Path, model: str, feature: str, n: int | None) -> GradientStore:
-    """The rows of a feature at the n entries of the backbone of the largest aligned mean (None: at all of them)."""
+def entries(artifacts: Path, model: str) -> int:
+    """Entries of a model's backbone."""
+    base, _ = load_masked_lm(artifacts / "base_models" / model)
+    return Selection.everything(backbone_parameters(base)).n
+
+
+def build_store(artifacts: Path, model: str, feature: str, n: int) -> GradientStore:
+    """The rows of a feature at the n entries of the backbone of the largest aligned mean."""
     base, tokenizer = load_masked_lm(artifacts / "base_models" / model)
     folder = artifacts / "datasets" / feature
     length = max_tokens(base, tokenizer)
@@ -50,7 +56,7 @@ def build_store(artifacts: Path, model: str, feature: str, n: int | None) -> Gra
     sample = train.iloc[stratified_sample(train["transition"], SAMPLE, 0)]
     weights = aligned_weights(sample["label"].to_numpy())
     importance = mean_gradient(base, parameters, *examples(sample), weights, source="alternative", batch_size=BATCH)
-    selection = everything if n is None or n >= everything.n else everything.prune(top_k(importance.abs(), n))
+    selection = everything if n >= everything.n else everything.prune(top_k(importance.abs(), n))
     index = index.iloc[_fewer(index, int(ENTRIES / selection.n))].reset_index(drop=True)
     factual, alternative = examples(index)
     index = index.assign(n_positions=[len(example.positions) for example in factual])
@@ -68,28 +74,6 @@ def scaled(store: GradientStore, factor: float) -> GradientStore:
     """The same rows times a number."""
     matrices: dict[str, Tensor] = {name: store.matrix(name) * factor for name in STORED}
     return GradientStore(store.index, store.selection, store.metadata, (matrices,))
-
-
-def tiled(store: GradientStore, n: int, rows: int) -> GradientStore:
-    """About so many rows of n entries: copies of a store in each of which rows change places.
-
-    They do within a split and transition. So every entry has the values it has in the store it came from, and the means
-    of classes are kept; what rows of one class differ in is independent from copy to copy. Not the gradient of a
-    language model, which is correlated all over.
-    """
-    chosen = _fewer(store.index, rows)
-    random = np.random.default_rng(0)
-    groups = store.index.groupby(["type", "split", "transition"], dropna=False).indices.values()
-    matrices: dict[str, Tensor] = {name: torch.empty(len(chosen), n) for name in STORED}
-    for start in range(0, n, store.n):
-        order = np.arange(len(store))
-        for group in groups if start else ():
-            order[group] = random.permutation(group)
-        width = min(store.n, n - start)
-        for name in STORED:
-            matrices[name][:, start : start + width] = store.matrix(name)[torch.from_numpy(order[chosen]), :width]
-    selection = Selection.everything({"tiled": torch.empty(n, device="meta")})
-    return GradientStore(store.index.iloc[chosen].reset_index(drop=True), selection, store.metadata, (matrices,))
 
 
 def mean_norm(store: GradientStore, quantity: Quantity) -> float:

@@ -13,14 +13,12 @@ TITLES = {
     "norm": "Gradients times a number",
     "batch": "Batch sizes (n = 10,000)",
     "pair": "Source and target (n = 10,000)",
-    "wide": "Wider than the model (synthetic, see below)",
 }
 VALUES = {
     "size": lambda r: f"n = {r['n']:,}, mean gradient norm {r['source_norm']:.0f}",
     "norm": lambda r: f"n = {r['n']:,}, times {r['factor']:g}",
     "batch": lambda r: ", ".join(f"{k} {v}" for k, v in r["settings"].items() if k.endswith("batch_size")),
     "pair": lambda r: f"{r['settings']['source']} / {r['settings']['target']}",
-    "wide": lambda r: f"n = {r['n']:,}, {r['rows']} rows",
 }
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from bench.training import tables
-from bench.training.stores import STORED, scaled, tiled
+from bench.training.stores import STORED, scaled
 from gradiend_core.gradients.selection import Selection
 from gradiend_core.gradients.store import INDEX, GradientStore
 
@@ -29,27 +29,6 @@ def store() -> GradientStore:
         name: torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(len(name))) for name in STORED
     }
     return GradientStore(index, Selection.everything({"w": torch.empty(5)}), {}, (matrices,))
-
-
-def test_tiles_keep_the_means_of_classes_and_change_the_rows() -> None:
-    original = store()
-    wide = tiled(original, 12, ROWS)
-    groups = original.index.groupby(["split", "transition"]).indices
-    for name in STORED:
-        one, many = original.matrix(name), wide.matrix(name)
-        assert many.shape == (ROWS, 12)
-        assert torch.equal(many[:, :5], one)
-        for rows in map(torch.from_numpy, groups.values()):
-            torch.testing.assert_close(many[rows, 5:10].mean(0), one[rows].mean(0))
-        assert not torch.equal(many[:, 5:10], one)
-    # Both quantities of a row come from the same row of the store it was made of.
-    where = [int((original.matrix("diff") == row).all(1).nonzero()[0]) for row in wide.matrix("diff")[:, 5:10]]
-    assert torch.equal(wide.matrix("alternative")[:, 5:10], original.matrix("alternative")[where])
-
-
-def test_fewer_rows_keep_the_proportions() -> None:
-    wide = tiled(store(), 5, 12)
-    assert wide.index.groupby(["split", "transition"]).size().tolist() == [2, 2, 4, 4]
 
 
 def test_scaled() -> None:
