@@ -3,13 +3,18 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gradiend_core.errors import GradiendError
+
+MAX_JSON_BYTES: Final = 2**26
+"""A hundred times what a stage writes; parsed, a document takes up to ten times its bytes of memory."""
 
 
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits. Raises `GradiendError` when it cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might never end
+        raise GradiendError(f"{path}: a device, pipe or socket. Only files are read: correct its path.")
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -23,12 +28,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `GradiendError` naming the file when it is missing or damaged."""
+    """Read a JSON file. Raises `GradiendError` naming the file when it is missing, damaged or too large."""
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise damaged(path, f"{size} bytes of JSON, at most {MAX_JSON_BYTES} are read")
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise GradiendError(f"{path}: cannot be read ({error.strerror}). Run the stage that makes it first.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, f"not valid JSON ({error})") from None
 
 

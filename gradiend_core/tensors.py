@@ -66,7 +66,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with open_tensors(path) as file:
         try:
             metadata: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             raise damaged(path, f"its header has no {METADATA_KEY!r} metadata") from None
     return metadata
 

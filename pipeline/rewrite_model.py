@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gradiend_core.config.section import check_name
 from gradiend_core.evaluation.tables import METRICS_FILE
 from gradiend_core.files import read_json
 from gradiend_core.lm.folder import MODEL_FILES, load_masked_lm, save_masked_lm
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
         base_model, tokenizer = load_masked_lm(arguments.base_model)
         classes = read_json(arguments.decoder / METRICS_FILE)["classes"]
         for target in gradiend.target_classes:
+            check_name(target, f"{arguments.model / CONFIG_FILE}: target_classes")
             chosen = classes[target]
             folder = outputs.folder(arguments.output / target, (*MODEL_FILES, CARD_FILE))
             rate, factor = chosen["learning_rate"], chosen["feature_factor"]

@@ -164,7 +164,7 @@ class TrainedBaseModel(Section):
 class LocalBaseModel(Section):
     """A model folder that `AutoModelForMaskedLM.from_pretrained` loads."""
 
-    path: DataPath = Field(description="folder with config.json, weights and tokenizer")
+    path: DataPath = Field(description="folder with config.json, weights (safetensors) and tokenizer")
 
 
 class HubBaseModel(Section):

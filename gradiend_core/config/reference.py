@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from gradiend_core.config.arguments import ARGUMENTS, Argument
 from gradiend_core.config.params import Params
-from gradiend_core.config.section import NAME_PATTERN, NAME_RULE, Section
+from gradiend_core.config.section import NAME_PATTERN, NAME_RULE, PATH_RULE, Section
 
 _INTRO = f"""# Parameters
 
@@ -42,6 +42,7 @@ runs:
   entries is written `{{}}`.
 - `<name>` is yours: {NAME_RULE}. Names of corpora are unique over
   `grammar` and `text`, those of base models over `trained`, `local` and `hub`.
+- A `path` of a corpus or a base model becomes part of command lines. It holds {PATH_RULE}.
 - Runs share settings with YAML anchors: `train: &train {{max_steps: 800}}` in one, `train: *train` in another.
 - A stage depends on its own section only: changing `runs.<name>.plot` never trains again.
 - Write `1.0e-5`, not `1e-5`, which YAML 1.1 reads as text. Quote names and words that YAML would read otherwise:

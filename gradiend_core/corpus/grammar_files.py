@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
+from gradiend_core.config.section import load_yaml
 from gradiend_core.errors import GradiendError
 
 COLUMNS = {
@@ -171,7 +172,7 @@ def _words(where: str, rows: Sequence[str], columns: Sequence[str]) -> list[Word
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text("utf-8"))
+        return load_yaml(path)
     except OSError as error:
         raise GradiendError(f"{path}: cannot be read ({error.strerror}). A grammar folder needs this file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

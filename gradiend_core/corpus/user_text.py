@@ -1,6 +1,8 @@
 """A corpus from a user's own file."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,13 @@ import pyarrow as pa
 from gradiend_core.config.corpora import TextCorpus
 from gradiend_core.corpus.texts import SPLITS
 from gradiend_core.errors import GradiendError
+from gradiend_core.tables import open_table
+
+# Read whole, a file takes several times its size of memory; a .csv has few columns of which one or two are read.
+MAX_FILE_BYTES: Final = 2**33
+MAX_COLUMNS: Final = 10_000
+
+_NAMED: Final = 50  # columns in an error message
 
 _SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation"}
 
@@ -16,8 +25,8 @@ _SPLIT_NAMES = {name: name for name in SPLITS} | {"val": "validation"}
 def read_texts(path: Path, params: TextCorpus) -> pd.DataFrame:
     """The texts of a file: columns text (stripped, unique, in file order) and split.
 
-    Raises `GradiendError` when the file cannot be read, lacks a named column, holds a row without text or with an
-    unknown split, or yields too few texts to fill three splits.
+    Raises `GradiendError` when the file cannot be read, is too large, lacks a named column, holds a row without text
+    or with an unknown split, or yields too few texts to fill three splits.
     """
     frame = _read(path, params)
     frame = frame.assign(text=frame["text"].str.strip())
@@ -38,25 +47,21 @@ def read_texts(path: Path, params: TextCorpus) -> pd.DataFrame:
 
 def _read(path: Path, params: TextCorpus) -> pd.DataFrame:
     try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise GradiendError(f"{path}: {size} bytes; at most {MAX_FILE_BYTES} are read. Use a part of the texts.")
         if path.suffix == ".txt":
             return _read_lines(path, params)
-        if path.suffix == ".csv":  # every cell as it is written: a text "None" or "1.0" is a text
-            frame = pd.read_csv(path, dtype="str", keep_default_na=False)
-            if not isinstance(frame.index, pd.RangeIndex):
-                raise GradiendError(f"{path}: rows have more cells than the header. Quote texts that hold commas.")
+        if path.suffix == ".csv":
+            frame = _read_csv(path, params)
         elif path.suffix == ".parquet":
-            with path.open("rb") as stream:
-                frame = pd.read_parquet(stream)
+            with open_table(path) as file:
+                frame = file.read(columns=_wanted(path, file.schema_arrow.names, params)).to_pandas()
         else:
             raise GradiendError(f"{path}: unknown kind of file {path.suffix!r}; allowed: .txt, .csv, .parquet")
     except OSError as error:
         raise GradiendError(f"{path}: cannot be read ({error.strerror}). Check corpora.text.*.path.") from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, pa.ArrowException) as error:
         raise GradiendError(f"{path}: not a readable {path.suffix} file: {error}") from None
-    for column in (params.text_column, params.split_column):
-        if column is not None and column not in frame.columns:
-            names = ", ".join(map(str, frame.columns))
-            raise GradiendError(f"{path}: no column {column!r}; it has {names}. Set text_column or split_column.")
     texts = frame[params.text_column]
     for row, text in enumerate(texts):
         if not isinstance(text, str):
@@ -64,6 +69,29 @@ def _read(path: Path, params: TextCorpus) -> pd.DataFrame:
             raise GradiendError(f"{place}: column {params.text_column!r} holds {text!r}, not text")
     splits = [""] * len(frame) if params.split_column is None else _named_splits(path, frame[params.split_column])
     return pd.DataFrame({"text": pd.Series(list(texts), dtype="str"), "split": splits})
+
+
+def _read_csv(path: Path, params: TextCorpus) -> pd.DataFrame:
+    header = pd.read_csv(path, dtype="str", nrows=0)
+    if len(header.columns) > MAX_COLUMNS:
+        raise GradiendError(f"{path}: {len(header.columns)} columns; at most {MAX_COLUMNS} are read. Leave some out.")
+    wanted = _wanted(path, list(header.columns), params)
+    # Every cell as it is written: a text "None" or "1.0" is a text.
+    frame = pd.read_csv(path, dtype="str", keep_default_na=False)
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise GradiendError(f"{path}: rows have more cells than the header. Quote texts that hold commas.")
+    return frame[wanted]
+
+
+def _wanted(path: Path, names: Sequence[str], params: TextCorpus) -> list[str]:
+    """The columns to read, all of them among `names`."""
+    columns = dict.fromkeys((params.text_column, params.split_column))
+    wanted = [column for column in columns if column is not None]
+    for column in wanted:
+        if column not in names:
+            some = ", ".join(map(str, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")
+            raise GradiendError(f"{path}: no column {column!r}; it has {some}. Set text_column or split_column.")
+    return wanted
 
 
 def _read_lines(path: Path, params: TextCorpus) -> pd.DataFrame:

@@ -1,11 +1,18 @@
 """Base-model folders: what is in one, loading it, and saving one."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from gradiend_core.errors import GradiendError
 
@@ -23,29 +30,41 @@ def load_masked_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A masked language model in evaluation mode (no dropout) and its fast tokenizer.
 
+    Nothing in the folder is executed: weights are safetensors only, and code that comes with a model is left out.
+    Only with a `revision` does transformers look at the hub.
+
     Args:
         folder: a local folder, or a hub id together with its `revision`.
         device: where the model goes; the CPU by default; "auto" spreads it over all GPUs (transformers' device_map).
         dtype: number format of the weights.
 
     Raises:
-        GradiendError: missing, damaged or incomplete weights; no fast tokenizer; no mask token.
+        GradiendError: missing, damaged or incomplete weights; weights that are pickles; a model that needs code of its
+            own; no fast tokenizer; no mask token.
     """
+    if revision is None and not Path(folder).is_dir():  # else transformers would look for it on the hub
+        raise GradiendError(f"{folder}: no such folder. Make it first, or correct its path.")
+    place: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
+        _refuse_kernels(PreTrainedConfig.get_config_dict(folder, **place)[0])
         model, info = AutoModelForMaskedLM.from_pretrained(
             folder,
-            revision=revision,
+            use_safetensors=True,
             dtype=dtype,
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
+            **place,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
         reason = " ".join(str(error).split())[:300]
         raise GradiendError(
             f"{folder}: not a masked language model that transformers can load ({type(error).__name__}: {reason})."
-            f" It needs {', '.join(MODEL_FILES)}."
+            f" It needs {', '.join(MODEL_FILES)}; SECURITY.md says what is never loaded, and what to do."
         ) from None
+    # Names of code, under which a copy of the model would go on asking for it.
+    vars(model.config).pop("auto_map", None)
+    tokenizer.init_kwargs.pop("auto_map", None)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise GradiendError(
@@ -67,6 +86,15 @@ def load_masked_lm(
         return model.eval(), tokenizer
     # As a module: the method of transformers adds checks for quantised models, whose types it does not declare.
     return nn.Module.to(model.eval(), device or torch.device("cpu")), tokenizer
+
+
+def _refuse_kernels(config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a configuration names a kernel of the hub, which is code that would be run."""
+    for key, value in config.items():
+        if "implementation" in key and "/" in str(value):
+            raise ValueError(f"config.json: {key} {value!r} is code of the hub; take the key out of the file")
+        if isinstance(value, dict):
+            _refuse_kernels(value)
 
 
 def save_masked_lm(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
