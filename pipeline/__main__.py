@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
             # A guard, not an input: it can refuse a broken params.yaml but never changes a result. Imported by
             # name, so that a stage does not depend on the sections of all other stages.
             importlib.import_module("pipeline.check_params").check()
+            importlib.import_module("pipeline.versions").check()
         importlib.import_module(f"pipeline.{name}").main(arguments)
     except GradiendError as error:
         print(f"error: {error}", file=sys.stderr)

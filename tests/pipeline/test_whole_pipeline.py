@@ -27,7 +27,7 @@ _REAL = [
     "workflow",
     "pipeline",
 ]
-_REAL += ["gradiend_core", "data"]
+_REAL += ["gradiend_core", "data", "versions.yaml"]
 
 _TINY = {
     "seeds": [0, 1],
