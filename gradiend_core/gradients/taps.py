@@ -3,11 +3,11 @@
 Parameters stay frozen. While `Taps` are active, the output of every module that owns a wanted parameter passes through
 an identity function that saves the module's input; in the backward pass it hands (a, d) to a receiver. So only
 activation gradients are computed, each (a, d) is dropped as soon as it is used, and since a is an ordinary saved
-tensor, gradient checkpointing frees and recomputes it like any other. Embeddings are tapped at `F.embedding` itself:
-subclasses that scale the result or shift the positions (Gemma, OPT) need no rule of their own.
+tensor, gradient checkpointing frees and recomputes it like any other. Embeddings are tapped at the `F.embedding` that
+their modules call: subclasses that scale the result or shift the positions (Gemma, OPT) need no rule of their own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -30,7 +30,7 @@ class Sites:
     modules: dict[nn.Module, list[tuple[int, type[Rule], str]]] = field(default_factory=dict)
     embeddings: dict[int, tuple[int, Use]] = field(default_factory=dict)  # id of the weight -> tensor, use
     without_rule: list[str] = field(default_factory=list)  # modules whose use of a parameter is not known
-    tables: dict[int, nn.Module] = field(default_factory=dict)  # every embedding, wanted or not, by id of its weight
+    tables: list[nn.Embedding] = field(default_factory=list)  # every embedding, wanted or not
 
     @classmethod
     def find(cls, model: nn.Module, tensors: Mapping[nn.Parameter, int]) -> Self:
@@ -39,7 +39,7 @@ class Sites:
         for name, module in model.named_modules():
             owned = {attribute: p for attribute, p in module._parameters.items() if p is not None and p in tensors}
             if isinstance(module, nn.Embedding):
-                sites.tables[id(module.weight)] = module
+                sites.tables.append(module)
                 sites.embeddings |= {id(p): (tensors[p], Use(module, attribute)) for attribute, p in owned.items()}
                 continue
             rules = RULES.get(type(module).forward, {})
@@ -52,14 +52,13 @@ class Sites:
         return sites
 
 
-class Taps(TorchFunctionMode):
+class Taps:
     """Taps a model's wanted tensors, in passes over a batch of N examples (see `losses` for what the head is given).
 
     Stay inside the context until the backward passes are over: gradient checkpointing runs the forward pass again.
     """
 
     def __init__(self, sites: Sites, examples: Sequence[Example]) -> None:
-        super().__init__()
         self._sites = sites
         self._n = len(examples)
         self._flat = self._n * padded_length(examples)
@@ -72,15 +71,16 @@ class Taps(TorchFunctionMode):
         self._root = torch.zeros((), requires_grad=True)
 
     def __enter__(self) -> Self:
-        super().__enter__()  # type: ignore[no-untyped-call]
         for module in self._sites.modules:
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+        for table in self._sites.tables:
+            self._handles.append(table.register_forward_pre_hook(self._watch))
+            self._handles.append(table.register_forward_hook(self._watched, always_call=True))
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor, receive: Receiver, *, again: bool) -> None:
         """Run the backward pass of a scalar; `again` when another one through the same graph follows.
@@ -89,23 +89,20 @@ class Taps(TorchFunctionMode):
         """
         uncalled = [module for module in self._sites.modules if module not in self._called]
         # Where a table is used without a call, outputs that it shares with the batch could be taken for flat ones.
-        tables = self._sites.tables if self._was_flat else self._sites.embeddings
-        uncalled += [self._sites.tables[key] for key in tables if key not in self._called]
+        tables = (t for t in self._sites.tables if self._was_flat or id(t.weight) in self._sites.embeddings)
+        uncalled += [table for table in tables if id(table.weight) not in self._called]
         if uncalled:
             kinds = sorted({type(module).__name__ for module in uncalled})
             raise NotSeparatedError(f"the forward pass does not call {', '.join(kinds)}")
         self._receive = receive
         torch.autograd.grad(loss, self._root, retain_graph=again, allow_unused=True)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Every call of a torch function passes here; embeddings of wanted tables are tapped."""
-        if func is F.embedding:
-            self._called.add(id(args[1]))
-            if id(args[1]) in self._sites.embeddings:
-                return self._embedding(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def _watch(self, table: nn.Module, args: Any) -> None:
+        self._mode = _Embeddings(self._called, self._sites.embeddings, self._embedding)
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def _watched(self, table: nn.Module, args: Any, output: Any) -> None:
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _embedding(
         self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any
@@ -155,6 +152,24 @@ class Taps(TorchFunctionMode):
         return a, d if bool(self._slots.present.all()) else d * slots.present[:, :, None]
 
 
+class _Embeddings(TorchFunctionMode):
+    """While a table's module is called: `embed` instead of `F.embedding` for the `wanted` tables."""
+
+    def __init__(self, called: set[object], wanted: Container[int], embed: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._called, self._wanted, self._embed = called, wanted, embed
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Every call of a torch function passes here."""
+        if func is F.embedding:
+            self._called.add(id(args[1]))
+            if id(args[1]) in self._wanted:
+                return self._embed(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class _Tap(torch.autograd.Function):
     """The identity; its backward pass hands the saved input and the gradient of the output to `receive`."""
 
@@ -169,6 +184,5 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if d is not None:
-            with torch._C.DisableTorchFunction():  # the mode is for the model's calls; it costs others time
-                ctx.receive(ctx.saved_tensors[0], d)
+            ctx.receive(ctx.saved_tensors[0], d)
         return d, None, None, None

@@ -95,7 +95,8 @@ def test_tied_embeddings_appear_once_and_receive_both_contributions() -> None:
     assert_exact(collector.rows(plus, minus), model, selection, plus, minus)
     exact = exact_rows(model, selection, minus)
     whole = collector._sites
-    embedding_only, head_only = Sites(embeddings=whole.embeddings), Sites(modules=whole.modules)
+    embedding_only = Sites(embeddings=whole.embeddings, tables=whole.tables)
+    head_only = Sites(modules=whole.modules)
     assert len(whole.embeddings) == len(whole.modules) == 1
     for part in (embedding_only, head_only):
         collector._sites = part
