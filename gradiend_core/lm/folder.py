@@ -72,6 +72,8 @@ def load_masked_lm(
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.mask_token_id is None:
         raise GradiendError(f"{folder}: the tokenizer must be a fast one (tokenizer.json) with a mask token")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one where there is none
+        raise GradiendError(f"{folder}: the tokenizer knows no words. Is tokenizer.json missing in the folder?")
     if len(tokenizer) > model.config.vocab_size:
         raise GradiendError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}"

@@ -314,6 +314,13 @@ def test_damaged_folder_is_refused(tmp_path: Path, reference_folder: Path, damag
         load_masked_lm(tmp_path / "model")
 
 
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path, reference_folder: Path) -> None:
+    for name in ("config.json", "model.safetensors"):  # transformers would make a tokenizer without words
+        shutil.copy(reference_folder / name, tmp_path)
+    with pytest.raises(GradiendError, match=r"knows no words\. Is tokenizer\.json missing"):
+        load_masked_lm(tmp_path)
+
+
 def test_weights_without_head_are_refused(tmp_path: Path) -> None:
     saved, tokenizer = build("bert")
     saved.bert.save_pretrained(tmp_path)
