@@ -59,8 +59,8 @@ class CompiledStep:
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.inner_exception).strip().partition("\n")[0]
             raise GradiendError(
-                f"torch_compile: the compiler failed ({reason}). It needs a C++ compiler on a CPU, Triton on a GPU;"
-                " without torch_compile the same steps run uncompiled."
+                f"torch_compile: the compiler failed ({reason}). It needs a C++ compiler on a CPU, Triton on a GPU, and"
+                " a Python environment whose path has no blanks; without torch_compile the same steps run uncompiled."
             ) from None
 
 

@@ -31,6 +31,7 @@ def made(params: Train) -> tuple[GradiendModel, FusedAdam]:
     return model, build_optimizer(model, params)
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="torch does not quote its own path for the compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "settings",
@@ -74,3 +75,16 @@ def test_what_is_not_compiled_is_refused(key: str, value: object) -> None:
     with pytest.raises(GradiendError, match=f"torch_compile compiles the usual step: leave out {key}"):
         validate(Train, {"torch_compile": True, key: value}, "runs.a.train")
     validate(Train, {key: value}, "runs.a.train")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = Train.model_validate({})
+    compiled = CompiledStep(*made(params), params)
+
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(fail, RuntimeError("no g++"), None)
+
+    monkeypatch.setattr(compiled, "_compiled", fail)
+    with pytest.raises(GradiendError, match=r"the compiler failed \(no g\+\+\)\. It needs a C\+\+ compiler"):
+        compiled(torch.zeros(1, N), torch.zeros(1, N))
