@@ -1,5 +1,7 @@
 """Where to compute, and how reproducibly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -38,3 +40,14 @@ def use_deterministic_algorithms() -> None:
     torch.set_deterministic_debug_mode("error")
     # Otherwise every new tensor is filled with NaN first, which shows reads of what was never written, at a price.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices as `torch.set_float32_matmul_precision` has it, inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ from gradiend_core.config.base_models import TrainedBaseModel
 from gradiend_core.config.section import read_section
 from gradiend_core.corpus.texts import SPLITS, TEXTS, TEXTS_FILE
 from gradiend_core.devices import describe_device, pick_device, use_deterministic_algorithms
-from gradiend_core.files import sha256_file, write_json
+from gradiend_core.files import write_json
 from gradiend_core.lm.folder import METRICS_FILE, MODEL_FILES, save_masked_lm
 from gradiend_core.lm.pretrain import masked_token_accuracy, masked_word_accuracy, train_masked_lm, train_tokenizer
 from gradiend_core.lm.trainer_checkpoints import TrainerCheckpoints
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         texts = read_table(corpus, TEXTS)
         train, validation, test = (list(texts.loc[texts["split"] == split, "text"]) for split in SPLITS)
         tokenizer = train_tokenizer(train, vocab_size=params.vocab_size)
-        identity = _identity(params, corpus)
+        identity = _identity(params, outputs)
         checkpoints = outputs.hold(TrainerCheckpoints(arguments.output / ".partial-resume-checkpoints", identity))
         trained = train_masked_lm(
             train,
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> None:
         outputs.record(device=describe_device(pick_device()), seed=params.training.seed)
 
 
-def _identity(params: TrainedBaseModel, corpus: Path) -> dict[str, Any]:
+def _identity(params: TrainedBaseModel, outputs: Outputs) -> dict[str, Any]:
     """Everything that the result depends on."""
     return {
         "params": params.model_dump(),
-        "corpus": sha256_file(corpus),
+        "corpus": dict(outputs.inputs),
         "device": describe_device(pick_device()),
         "code": code_digest(),
     } | environment()

@@ -2,12 +2,11 @@
 
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from gradiend_core.config.optimization import OptimizerGroup, Schedule, step_problems
+from gradiend_core.config.optimization import OptimizerGroup, Schedule, Stepped, step_problems
 from gradiend_core.config.section import DataPath, Name, Section, Seed
 
 
@@ -24,7 +23,7 @@ class BertShape(Section):
     initializer_range: float = Field(0.1, gt=0, description="standard deviation of the initial weights")
 
 
-class MaskedLMTraining(Section):
+class MaskedLMTraining(Stepped):
     """How the model is trained, by `transformers.Trainer`. Keys that `train` has, too, mean the same there."""
 
     max_steps: int = Field(
@@ -100,20 +99,6 @@ class MaskedLMTraining(Section):
     )
     mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of tokens masked")
     seed: Seed = Field(0, description="seed of initialisation, order and masks")
-
-    @field_validator("max_steps")
-    @classmethod
-    def _some_or_none(cls, steps: int) -> int:
-        if steps == 0 or steps < -1:
-            raise ValueError("must be -1, or greater than or equal to 1")
-        return steps
-
-    @model_validator(mode="before")
-    @classmethod
-    def _epochs_replace_the_default_steps(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "num_train_epochs" in data and "max_steps" not in data:
-            return {**data, "max_steps": -1}
-        return data
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -1,10 +1,10 @@
 """What sections about an optimiser share."""
 
 import re
-from collections.abc import Sequence
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gradiend_core.config.section import Section, near_miss
 
@@ -32,6 +32,24 @@ class OptimizerGroup(Section):
         except re.error as error:
             raise ValueError(f"not a regular expression ({error})") from None
         return pattern
+
+
+class Stepped(Section):
+    """A section with `max_steps` and `num_train_epochs`, of which one says how long training is."""
+
+    @field_validator("max_steps", check_fields=False)
+    @classmethod
+    def _some_or_none(cls, steps: int) -> int:
+        if steps == 0 or steps < -1:
+            raise ValueError("must be -1, or greater than or equal to 1")
+        return steps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_the_default_steps(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "num_train_epochs" in data and "max_steps" not in data:
+            return {**data, "max_steps": -1}
+        return data
 
 
 def group_of(parameter: str, groups: Sequence[OptimizerGroup]) -> OptimizerGroup | None:

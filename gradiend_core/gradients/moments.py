@@ -51,9 +51,9 @@ def second_moment(
             raise NotSeparatedError(f"no rule for the parameters of {', '.join(sites.without_rule)}")
         for chunk in track(chunks, "second moments"):
             calls = _calls(model, sites, factual[chunk], alternative[chunk], source)
+            n = len(factual[chunk])
             with torch.no_grad():
                 for tensor, (total, parameter) in enumerate(zip(totals, parameters.values(), strict=True)):
-                    n = len(factual[chunk])
                     total += _sum_of_squares(parameter.shape, calls[tensor], n, scratch).to(total.device)
     except NotSeparatedError as reason:
         logger.info("%s: one example at a time", reason)

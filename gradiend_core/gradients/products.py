@@ -19,6 +19,9 @@ _SAMPLED_FROM = 2**16
 _FEW_POSITIONS = 2
 _FACTORS_BELOW = 0.05
 
+# With a smaller share of nonzero entries on the left side, only the rows that they belong to are touched.
+_SPARSE = 1 / 8
+
 # Entries of whole products held at a time, whatever the batch: on a CPU this many fit the cache.
 _CHUNK = {"cpu": 2**18, "cuda": 2**26}
 
@@ -71,7 +74,7 @@ class OuterProduct:
         """Write to `out` [N, kept], or add to it unless `first`; `left` [N, T, rows], `right` [N, T, columns]."""
         left, right = left.to(out.dtype), right.to(out.dtype)
         share, few = self._count / self._size, left.shape[1] <= _FEW_POSITIONS
-        if few and self._count > self._rows and 2 * torch.count_nonzero(left) <= self._rows:
+        if few and self._count > self._rows and torch.count_nonzero(left) < _SPARSE * left.numel():
             self._put_lines(out, left, right, first)
         elif self._kept is None:
             for chunk in _chunks(len(out), self._size, _CHUNK[out.device.type]):

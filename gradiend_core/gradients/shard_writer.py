@@ -1,7 +1,6 @@
 """One shard of a gradient store, written as its rows are computed, and continued after an interruption."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.durable import lock_alone, make_durable
 from gradiend_core.files import write_json
 from gradiend_core.tensors import consecutive, layout
 
@@ -143,14 +142,7 @@ class ShardWriter:
 
     def _lock(self) -> None:
         # Two writers of one file, an orphan of a killed run beside its successor, would mix their rows.
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradiendError(
-                f"{self._path}: another process is writing this file. Wait until it is done, or end it."
-            ) from None
-        except OSError as error:
-            logger.debug("%s: no lock on this file system (%s)", self._path, error.strerror)
+        lock_alone(self._file, self._path, "writing this file")
 
     def _resume(self) -> int:
         """How many rows an earlier writer left complete; when there are none, the file is begun."""
@@ -192,7 +184,7 @@ class ShardWriter:
             with aside.open("rb") as stream:
                 os.fsync(stream.fileno())
             aside.replace(self._progress)
-            _sync_folder(self._path.parent)
+            make_durable(self._path.parent)
 
     def _write(self, runs: list[tuple[int, slice]], batch: Mapping[str, _HostRows]) -> None:
         row_bytes = self._shape[1] * self._dtype.itemsize
@@ -235,12 +227,3 @@ def _pwrite(file: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(file, data, offset)
         data, offset = data[count:], offset + count
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

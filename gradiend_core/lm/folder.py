@@ -1,6 +1,6 @@
 """Base-model folders: what is in one, loading it, and saving one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -55,7 +55,7 @@ def load_masked_lm(
             output_loading_info=True,
             **place,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        found = AutoTokenizer.from_pretrained(folder, **place)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
         reason = " ".join(str(error).split())[:300]
         raise GradiendError(
@@ -64,9 +64,26 @@ def load_masked_lm(
         ) from None
     # Names of code, under which a copy of the model would go on asking for it.
     vars(model.config).pop("auto_map", None)
-    tokenizer.init_kwargs.pop("auto_map", None)
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
+    found.init_kwargs.pop("auto_map", None)
+    tokenizer = _checked(folder, model, found, info["missing_keys"])
+    if device == "auto":
+        places = getattr(model, "hf_device_map", {"": model.device})  # no map is made for one place
+        if {str(place) for place in places.values()} & {"cpu", "disk"}:
+            raise GradiendError(
+                f"{folder}: the model does not fit on the GPUs of this machine. Use more or larger ones, or set"
+                " base_model_dtype: bfloat16 for its run."
+            )
+        return model.eval(), tokenizer
+    # As a module: the method of transformers adds checks for quantised models, whose types it does not declare.
+    return nn.Module.to(model.eval(), device or torch.device("cpu")), tokenizer
+
+
+def _checked(
+    folder: Path | str, model: PreTrainedModel, tokenizer: Any, missing_keys: Collection[str]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer; raises `GradiendError` when it or the weights are not what gradients need."""
+    if missing_keys:
+        missing = ", ".join(sorted(missing_keys)[:3])
         raise GradiendError(
             f"{folder}: the weights lack {missing}; they would be random. Use a model with its masked-LM head."
         )
@@ -78,16 +95,7 @@ def load_masked_lm(
         raise GradiendError(
             f"{folder}: the tokenizer has {len(tokenizer)} entries, the model only {model.config.vocab_size}"
         )
-    if device == "auto":
-        places = getattr(model, "hf_device_map", {"": model.device})  # no map is made for one place
-        if {str(place) for place in places.values()} & {"cpu", "disk"}:
-            raise GradiendError(
-                f"{folder}: the model does not fit on the GPUs of this machine. Use more or larger ones, or set"
-                " base_model_dtype: bfloat16 for its run."
-            )
-        return model.eval(), tokenizer
-    # As a module: the method of transformers adds checks for quantised models, whose types it does not declare.
-    return nn.Module.to(model.eval(), device or torch.device("cpu")), tokenizer
+    return tokenizer
 
 
 def _refuse_kernels(config: Mapping[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gradiend_core.config.base_models import MaskedLMTraining
 from gradiend_core.config.optimization import OptimizerGroup, group_of
+from gradiend_core.devices import matmul_precision
 from gradiend_core.errors import GradiendError
 from gradiend_core.lm.masking import IGNORED, Batch, Encoded, MaskedOnce, Masker, share
 from gradiend_core.lm.trainer_checkpoints import TrainerCheckpoints
@@ -146,7 +146,7 @@ class MaskedTrainer(Trainer):
         if last is not None:
             logger.info("continued after step %s", last.name.rpartition("-")[2])
             self._masker.generator.set_state(load_tensors(last / _MASKING_FILE)[_STATE].clone())
-        with _matmul_precision(self._params.float32_matmul_precision):
+        with matmul_precision(self._params.float32_matmul_precision):
             try:
                 with torch.autograd.set_detect_anomaly(self._params.detect_anomaly):
                     result = self.train(resume_from_checkpoint=None if last is None else str(last))
@@ -265,13 +265,3 @@ def _padded(rows: Sequence[Batch]) -> dict[str, Tensor]:
         "attention_mask": pad_sequence([row["attention_mask"] for row in rows], batch_first=True),
         "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED),
     }
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

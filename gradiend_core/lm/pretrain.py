@@ -1,8 +1,8 @@
 """Training a small masked language model from scratch, with Hugging Face's own trainer.
 
 For demonstrations and tests a model that is good at one small corpus after a minute on a CPU; docs/base-models.md says
-how to train larger ones. The model and its
-tokenizer are ordinary ones (`BertForMaskedLM`, WordPiece), so that everything else treats them like any other model.
+how to train larger ones. The model and its tokenizer are ordinary ones (`BertForMaskedLM`, WordPiece), so that
+everything else treats them like any other model.
 """
 
 from collections.abc import Mapping, Sequence

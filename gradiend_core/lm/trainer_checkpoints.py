@@ -1,7 +1,6 @@
 """Checkpoints of `transformers.Trainer` that are there whole or not at all."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from gradiend_core.durable import make_durable, open_alone
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import read_json, write_json
 
@@ -39,17 +39,7 @@ class TrainerCheckpoints:
         self._identity = json.loads(json.dumps(identity))
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._opened = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._opened)
-            raise GradiendError(
-                f"{self.folder}: another process is training this model. Wait until it is done, or end it."
-            ) from None
-        except OSError as error:
-            logger.debug("%s: no lock on this file system (%s)", self.folder, error.strerror)
+        self._opened = open_alone(self.folder, "training this model")
         self._remove_unusable()
         return self
 
@@ -69,10 +59,10 @@ class TrainerCheckpoints:
         try:
             write_json(aside, self._identity)
             for path in [*checkpoint.iterdir(), checkpoint]:
-                _make_durable(path)
+                make_durable(path)
             aside.replace(checkpoint / _COMPLETE)
-            _make_durable(checkpoint)
-            _make_durable(self.folder)
+            make_durable(checkpoint)
+            make_durable(self.folder)
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
             raise GradiendError(f"{self.folder}: cannot be written ({reason}). Check free space there.") from None
@@ -93,11 +83,3 @@ class TrainerCheckpoints:
             return str(error)
         keys = sorted(key for key in {*self._identity, *other} if self._identity.get(key) != other.get(key))
         return f"it was made with another {', '.join(keys)}" if keys else None
-
-
-def _make_durable(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

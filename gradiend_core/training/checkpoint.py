@@ -1,7 +1,6 @@
 """What an interrupted training continues from: safetensors files that are there whole or not at all."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from gradiend_core.durable import make_durable, open_alone
 from gradiend_core.errors import GradiendError
 from gradiend_core.model.gradiend import GradiendModel
 from gradiend_core.tensors import load_tensors, read_metadata, save_tensors
@@ -66,17 +66,7 @@ class Checkpoints:
         self._limit = limit
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._opened = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._opened)
-            raise GradiendError(
-                f"{self.folder}: another process is training this seed. Wait until it is done, or end it."
-            ) from None
-        except OSError as error:
-            logger.debug("%s: no lock on this file system (%s)", self.folder, error.strerror)
+        self._opened = open_alone(self.folder, "training this seed")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -118,8 +108,7 @@ class Checkpoints:
         aside = self.folder / "writing"
         try:
             save_tensors(aside, tensors, metadata)
-            with aside.open("rb") as stream:
-                os.fsync(stream.fileno())
+            make_durable(aside)
             aside.replace(final)
             os.fsync(self._opened)
         except OSError as error:

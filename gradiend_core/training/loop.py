@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradiend_core.config.train import Train
+from gradiend_core.devices import matmul_precision
 from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.store import GradientStore
 from gradiend_core.model.gradiend import GradiendModel
@@ -98,7 +99,7 @@ def train(
         GradiendError: training rows are not finite, or a package that `report_to` names is missing.
     """
     with ExitStack() as stack:
-        stack.enter_context(_matmul_precision(params.float32_matmul_precision))
+        stack.enter_context(matmul_precision(params.float32_matmul_precision))
         board = stack.enter_context(TensorBoard(logging_dir)) if "tensorboard" in params.report_to else None
         data = Data.load(store, params, seed)
         training = _begun(store, data, params, seed, checkpoints)
@@ -374,13 +375,3 @@ def _not_finite(loss: float, model: GradiendModel, *, weights: bool) -> str:
         bad = (name for name, value in model.named_parameters() if not bool(value.isfinite().all()))
         wrong += [f"{name} has values that are not finite" for name in islice(bad, 1)]
     return " and ".join(wrong)
-
-
-@contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
