@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from gradiend_core.errors import GradiendError
-from pipeline import dag
+from pipeline import dag, engine
 from pipeline.check_params import check
 
 # Jobs on a cluster read this file too; they use what the main process has found.
@@ -23,6 +23,11 @@ if workflow.is_main_process:
             logger.info(reason)
     except GradiendError as error:
         raise WorkflowError(str(error)) from None
+
+
+# Not for a dry run, which may look on while others work.
+onstart:
+    engine.take_turn(logger.info)
 
 
 # Only for `--software-deployment-method apptainer`; container.def says how to build it.

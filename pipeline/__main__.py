@@ -1,5 +1,6 @@
 """Run one stage by hand or from an engine: `python -m pipeline STAGE --help`."""
 
+import ctypes
 import importlib
 import logging
 import os
@@ -39,6 +40,7 @@ _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: a signal for this process when its parent has ended
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    _end_with_dvc()
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     for ours in ("gradiend_core", "pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
@@ -70,6 +73,13 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _end_with_dvc() -> None:
+    # What a killed `dvc repro` has started must not write over the files of what is started after it. (Under Snakemake
+    # the lock of pipeline/cached.py sees to that.)
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from pipeline.imports import declared
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 _COPIED = ["Snakefile", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore", "profiles", "workflow"]
-_COPIED += ["pipeline/__init__.py", "pipeline/cached.py", "pipeline/dag.py", "pipeline/gpus.py"]
+_COPIED += ["pipeline/__init__.py", "pipeline/cached.py", "pipeline/dag.py", "pipeline/engine.py", "pipeline/gpus.py"]
 _COPIED += ["pipeline/locks.py", "gradiend_core/errors.py", "versions.yaml"]
 _CHECK = """
 from pathlib import Path
@@ -40,6 +41,18 @@ class Project:
         )
         assert (done.returncode == 0) == succeeds, f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}"
         return done.stdout
+
+    def start(self, *command: str, output: IO[str]) -> subprocess.Popen[str]:
+        """Start a command in the project, in a session of its own; it writes to an open file."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self._environment,
+            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def snakemake(self, *arguments: str, succeeds: bool = True) -> str:
         return self.run("snakemake", "--cores", "2", "--nocolor", *arguments, succeeds=succeeds)
