@@ -27,7 +27,7 @@ Receiver = Callable[[int, type[Rule], Use, Tensor, Tensor], None]
 class Sites:
     """Where the wanted tensors of a model are used; tensors are named by their index."""
 
-    modules: dict[nn.Module, list[tuple[int, type[Rule], str]]] = field(default_factory=dict)
+    modules: dict[nn.Module, list[tuple[int, type[Rule], Use]]] = field(default_factory=dict)
     embeddings: dict[int, tuple[int, Use]] = field(default_factory=dict)  # id of the weight -> tensor, use
     without_rule: list[str] = field(default_factory=list)  # modules whose use of a parameter is not known
     tables: list[nn.Embedding] = field(default_factory=list)  # every embedding, wanted or not
@@ -47,7 +47,8 @@ class Sites:
                 sites.without_rule.append(name)
             elif owned:
                 sites.modules[module] = [
-                    (tensors[p], rules.get(attribute, AnyWeight), attribute) for attribute, p in owned.items()
+                    (tensors[p], rules.get(attribute, AnyWeight), Use(module, attribute))
+                    for attribute, p in owned.items()
                 ]
         return sites
 
@@ -121,8 +122,7 @@ class Taps:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise NotSeparatedError(f"a {type(module).__name__} does not turn one tensor into one tensor")
         self._called.add(module)
-        uses = [(tensor, rule, Use(module, attribute)) for tensor, rule, attribute in self._sites.modules[module]]
-        return self._tap(module, output, inputs[0], uses)
+        return self._tap(module, output, inputs[0], self._sites.modules[module])
 
     def _tap(self, module: nn.Module, output: Tensor, a: Tensor, uses: list[tuple[int, type[Rule], Use]]) -> Tensor:
         # Some models (OPT) run layers on all positions of all examples in one dimension.
@@ -147,9 +147,13 @@ class Taps:
 
     def _unpack(self, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """a, d [1, P, features] by example, [N, L, features]; d is zero where an example has fewer positions."""
+        if self._slots.places.shape[1] == 1:
+            return a.transpose(0, 1), d.transpose(0, 1)
         slots = self._slots.to(d.device)
-        a, d = (tensor[0, slots.places.to(tensor.device)] for tensor in (a, d))
-        return a, d if bool(self._slots.present.all()) else d * slots.present[:, :, None]
+        places = slots.places.flatten()
+        a, d = (tensor[0].index_select(0, places.to(tensor.device)) for tensor in (a, d))
+        d.index_fill_(0, (~slots.present).flatten().nonzero()[:, 0], 0.0)
+        return a.view(self._n, -1, *a.shape[1:]), d.view(self._n, -1, *d.shape[1:])
 
 
 class _Embeddings(TorchFunctionMode):

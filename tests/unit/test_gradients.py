@@ -11,6 +11,8 @@ from gradiend_core.errors import GradiendError
 from gradiend_core.gradients.collector import GradientCollector, Rows, find_sites, loop_rows
 from gradiend_core.gradients.losses import share_input
 from gradiend_core.gradients.objectives import Example, pad
+from gradiend_core.gradients.products import Scratch
+from gradiend_core.gradients.rules import EmbeddingWeight, Use
 from gradiend_core.gradients.selection import Selection, backbone_parameters
 from gradiend_core.gradients.taps import Sites
 from gradiend_core.gradients.verify import TOLERANCE, verify_rows
@@ -327,3 +329,32 @@ def test_shared_output_that_looks_like_flat_positions_is_noticed(caplog: pytest.
         rows = GradientCollector(model, selection).rows(plus, minus)
     assert caplog.messages == ["the forward pass does not call Embedding: one example at a time"]
     assert_exact(rows, model, selection, plus, minus)
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize("table", [9, 200])  # products and a scatter
+def test_embedding_rule_adds_up_what_falls_on_an_entry(table: int, share: float | None) -> None:
+    random = torch.Generator().manual_seed(0)
+    entries = torch.randint(-1, table, (3, 40), generator=random)  # -1: takes no part
+    d = torch.randn(3, 40, 6, generator=random)
+    kept = None if share is None else (torch.rand(table * 6, generator=random) < share).nonzero()[:, 0]
+    exact = torch.zeros(3, table, 6, dtype=torch.float64)
+    for example, position in torch.cartesian_prod(torch.arange(3), torch.arange(40)).tolist():
+        if (entry := int(entries[example, position])) >= 0:
+            exact[example, entry] += d[example, position]
+    expected = exact.flatten(1) if kept is None else exact.flatten(1)[:, kept]
+    out = torch.full(expected.shape, torch.nan)
+    rule, use = EmbeddingWeight((table, 6), kept, Scratch()), Use(nn.Embedding(table, 6), "weight")
+    for times in (1, 2):
+        rule.put(out, use, entries, d, first=times == 1)
+        torch.testing.assert_close(out.double(), times * expected, rtol=1e-5, atol=1e-5)
+
+
+def test_examples_of_one_scored_position_each() -> None:
+    model, tokenizer = build("bert")
+    plus, minus = ([side[row] for row in (0, 0, 4)] for side in pairs(tokenizer))
+    plus[1], minus[1] = minus[0], plus[0]
+    plus[2] = minus[2]._replace(labels=minus[0].labels)
+    assert [len(example.positions) for example in plus + minus] == [1] * 6
+    for selection in (everything(model), some(model)):
+        assert_exact(GradientCollector(model, selection).rows(plus, minus), model, selection, plus, minus)

@@ -48,14 +48,17 @@ WAYS = ["_put_lines", "_put_factors", "_put_sampled", "_put_gathered"]
         (SMALL, None, 1, None),
         (SMALL, None, 5, None),
         (LARGE, None, 5, None),
-        (SMALL, 0.02, 2, "_put_factors"),
-        (SMALL, 0.1, 1, "_put_gathered"),
+        (SMALL, 0.01, 5, None),  # one entry: of its row and its column, that is all
+        (SMALL, 0.1, 2, "_put_factors"),
+        (SMALL, 0.3, 2, "_put_gathered"),
         (SMALL, 0.1, 5, "_put_gathered"),
         (LARGE, 0.01, 1, "_put_factors"),
         (LARGE, 0.01, 2, "_put_factors"),
         (LARGE, 0.01, 3, "_put_sampled"),
         (LARGE, 0.01, 8, "_put_sampled"),
-        (LARGE, 0.1, 2, "_put_sampled"),
+        (LARGE, 0.09, 2, "_put_factors"),
+        (LARGE, 0.14, 2, "_put_sampled"),
+        (LARGE, 0.14, 5, "_put_sampled"),
         (LARGE, 0.3, 1, "_put_gathered"),
         (LARGE, 0.3, 5, "_put_gathered"),
     ],
@@ -72,13 +75,33 @@ def test_every_way_gives_the_kept_entries(
     wide = normal(7, exact.shape[1] + 5, seed=3)
     before = wide.clone()
     product = OuterProduct(shape, kept, Scratch())
-    product.put(wide[:, 3:-2], left, right, first=True)  # whatever was there
+    product.put(wide[:, 3:-2], left * torch.nan, right, first=True)
+    product.put(wide[:, 3:-2], left, right, first=True)  # whatever was there, even what is not a number
     torch.testing.assert_close(wide[:, 3:-2].double(), exact, rtol=1e-5, atol=1e-5)
     product.put(wide[:, 3:-2], left, right, first=False)  # it adds, and again from the same object
     torch.testing.assert_close(wide[:, 3:-2].double(), 2 * exact, rtol=1e-5, atol=1e-5)
     assert torch.equal(wide[:, :3], before[:, :3])
     assert torch.equal(wide[:, -2:], before[:, -2:])
-    assert taken == ([] if way is None else [way, way])
+    assert taken == ([] if way is None else [way] * 3)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5])
+def test_rows_and_columns_without_kept_entries_take_no_part(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = torch.tensor([3, 8, 300]), torch.tensor([0, 9])
+    kept = (rows[:, None] * LARGE[1] + columns).flatten()[[0, 1, 3, 4]]
+    seen: list[tuple[int, int]] = []
+    for way in WAYS:
+
+        def spied(self: OuterProduct, *args: Tensor, original: object = getattr(OuterProduct, way)) -> None:
+            seen.append((args[1].shape[2], args[2].shape[2]))
+            original(self, *args)  # type: ignore[operator]
+
+        monkeypatch.setattr(OuterProduct, way, spied)
+    left, right = normal(7, positions, LARGE[0], seed=1), normal(7, positions, LARGE[1], seed=2)
+    out = torch.empty(7, len(kept))
+    OuterProduct(LARGE, kept, Scratch()).put(out, left, right, first=True)
+    torch.testing.assert_close(out.double(), exact_products(left, right, kept), rtol=1e-5, atol=1e-5)
+    assert seen == [(3, 2)]
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
