@@ -5,7 +5,7 @@ GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 PYTHON ?= python3
 RUN := . .venv/bin/activate &&
 
-.PHONY: help run dvc test test-slurm check bench clean
+.PHONY: help run dvc test test-faults test-slurm check bench clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -27,8 +27,11 @@ check: .venv/dev  ## Formatter, linters and types
 test: check  ## Everything that has to pass: check and all tests
 	$(RUN) pytest
 
-test-slurm: .venv/dev  ## The tests on a real Slurm, started here for them (QUICK=1 for two minutes instead of seven)
+test-slurm: .venv/dev  ## All tests on a real Slurm, started here for them, in minutes (QUICK=1: those of `make test`)
 	$(RUN) GRADIEND_TEST_SLURM=$(if $(QUICK),quick,all) pytest tests/cluster/test_slurm.py
+
+test-faults: .venv/dev  ## Kill, damage and starve every stage, hundreds of times (about an hour on two cores)
+	$(RUN) GRADIEND_TEST_FAULTS=all pytest tests/faults
 
 bench:  ## Measure gradients against their limits and the reference package (ONLY=collector for one part)
 	@$(PYTHON) -m bench.gradients.plan $(ONLY)

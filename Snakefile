@@ -73,6 +73,11 @@ def growing(mem_mb):
     return lambda wildcards, attempt: mem_mb * attempt
 
 
+def all_rows(wildcards, input, attempt):
+    """Memory for all gradients at once, in float32: twice the files if these are in bfloat16."""
+    return attempt * max(8000, 4000 + int(2 * input.size_mb))
+
+
 def processes(wildcards):
     """Those that train a base model together, each with a core and, where there are any, a GPU of its own."""
     return TRAINED[wildcards.model].get("training", {}).get("processes", 1)
@@ -342,7 +347,7 @@ rule train:
         "benchmarks/train/{run}-{seed}.tsv"
     threads: 1
     resources:
-        mem_mb=growing(8000),
+        mem_mb=all_rows,
         runtime=120,
         gpu=1,
     params:

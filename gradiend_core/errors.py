@@ -7,3 +7,18 @@ class GradiendError(Exception):
     The message says what was wrong, where (file, key or row), what is allowed and what to do next.
     Stage programs print it without a traceback and exit with status 1; every other exception is a bug of ours.
     """
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "can't start new thread",  # each needs memory for its stack
+    "failed to launch worker thread",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's own, or that of a library, by its text."""
+    return isinstance(error, MemoryError) or any(said in str(error).lower() for said in _NO_MEMORY)

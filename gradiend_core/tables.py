@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, out_of_memory
 from gradiend_core.files import damaged
 
 Schema = Mapping[str, pa.DataType]
@@ -57,11 +57,11 @@ def read_table(path: Path, schema: Schema) -> pd.DataFrame:
         with open_table(path) as file:
             names = file.schema_arrow.names
             table = file.read(columns=[column for column in schema if column in names])
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
+        if out_of_memory(error):
+            raise
         if not path.exists():
             raise GradiendError(f"{path}: no such file. Run the stage that makes it first.") from None
-        raise damaged(path, f"not readable as Parquet ({error})") from None
-    except pa.ArrowException as error:
         raise damaged(path, f"not readable as Parquet ({error})") from None
     for column, kind in schema.items():
         if column not in names:

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, out_of_memory
 from gradiend_core.files import damaged
 
 # The order of several metadata keys is random per process, so everything goes under one key.
@@ -27,12 +30,25 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     Raises `OSError` when the disk refuses.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    try:
+    with disk_errors(path):
         save_file(plain, path, metadata=_document(metadata))
-    except SafetensorError as error:
-        if "I/O error" not in str(error):
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Have a disk that refuses `path` raise an `OSError` that names a file, also where a library hides it in a text."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
             raise
-        raise OSError(errno.EIO, str(error), str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:  # safetensors has one of its own, tokenizers a bare Exception, torch.save RuntimeError
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def layout(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> tuple[bytes, dict[str, int]]:
@@ -84,6 +100,8 @@ def open_tensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        if out_of_memory(error):
+            raise
         raise damaged(path, f"not readable as safetensors ({error})") from None
 
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from types import FrameType
 from typing import NoReturn
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, out_of_memory
 
 STAGES = (
     "check_params",
@@ -71,6 +71,11 @@ def main(argv: list[str]) -> int:
         importlib.import_module(f"pipeline.{name}").main(arguments)
     except GradiendError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: {importlib.import_module('pipeline.memory').explained(name, error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -12,21 +12,25 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from dvc.dependency import Dependency, ParamsDependency
+from dvc.dvcfile import PROJECT_FILE, ProjectFile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
-from dvc.stage import PipelineStage
+from dvc.stage.loader import StageLoader
+from dvc.utils.serialize import LOADERS, load_path, parse_yaml
+from dvc.utils.serialize._common import _load_data
+from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash import hash_file
 
 from gradiend_core.errors import GradiendError
 
-_ARTIFACTS = "artifacts/"
+ARTIFACTS = "artifacts/"
 _RECORDS = Path(".stages")
 
 
@@ -50,10 +54,9 @@ class Stage:
         """What the stage depends on besides other stages' outputs."""
         return {"command": self.command, "parameters": dict(self.parameters), "files": dict(self.files)}
 
-    def inputs(self, outputs: Iterable[str]) -> list[str]:
-        """Those of all stages' `outputs` that this stage reads, one by one where it reads a folder."""
-        folders = tuple(f"{artifact}/" for artifact in self.artifacts)
-        return sorted(path for path in outputs if path in self.artifacts or path.startswith(folders))
+    def inputs(self, outputs: Sequence[str]) -> list[str]:
+        """Those of all stages' `outputs` (sorted) that this stage reads, one by one where it reads a folder."""
+        return sorted({path for artifact in self.artifacts for path in _at_or_below(artifact, outputs)})
 
 
 class PrivateRepo(Repo):  # type: ignore[misc]
@@ -84,12 +87,21 @@ class PrivateRepo(Repo):  # type: ignore[misc]
 @contextlib.contextmanager
 def private_repo() -> Iterator[PrivateRepo]:
     """Open the repository; what DVC has to say against it becomes a `GradiendError`."""
+    LOADERS[".yaml"] = _load_yaml
     with tempfile.TemporaryDirectory(prefix="dvc-locks-") as locks:
         try:
             with PrivateRepo(locks) as repo, lock_repo(repo):
                 yield repo
         except DvcException as error:
             raise GradiendError(str(error)) from None
+
+
+# DVC parses params.yaml anew for every parameter that it reads, several times for each stage.
+_parsed_once = lru_cache(maxsize=8)(parse_yaml)
+
+
+def _load_yaml(path: str, fs: Any = None, **options: Any) -> Any:
+    return _load_data(os.path.abspath(path), parser=_parsed_once, fs=fs, **options)
 
 
 class Hashes:
@@ -108,34 +120,65 @@ class Hashes:
             self._known[path] = found
         return self._known[path]
 
-    def dependency(self, dependency: Dependency) -> str | None:
+    def dependency(self, path: str) -> str | None:
         """MD5 of a file or folder from outside the pipeline, as DVC computes it; None when it does not exist."""
-        path = dependency.def_path
         if path not in self._known:
-            self._known[path] = dependency.get_hash().value if dependency.exists else None
+            absolute = os.path.join(self._repo.root_dir, path)
+            self._known[path] = self._built(absolute) if os.path.exists(absolute) else None
         return self._known[path]
 
+    def _built(self, path: str) -> str | None:
+        repo = self._repo
+        _, _, built = build(repo.cache.local, path, repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
+        return built.hash_info.value
 
-def read_stage(stage: PipelineStage, hashes: Hashes) -> Stage:
-    """The stage with its parameter values and the hashes of files from outside the pipeline."""
-    parameters: dict[str, Any] = {}
-    for dependency in stage.params:
-        parameters |= dependency.read_params()
-    paths = [dependency for dependency in stage.deps if not isinstance(dependency, ParamsDependency)]
-    outside = [dependency for dependency in paths if not dependency.def_path.startswith(_ARTIFACTS)]
-    return Stage(
-        address=stage.addressing,
-        command=stage.cmd,
-        parameters=parameters,
-        files={dependency.def_path: hashes.dependency(dependency) for dependency in outside},
-        artifacts=tuple(dependency.def_path for dependency in paths if dependency not in outside),
-        outputs=tuple(output.def_path for output in stage.outs),
-    )
+
+def stage_loader(repo: Repo) -> StageLoader:
+    """The stages of dvc.yaml by their addresses, each resolved when it is asked for.
+
+    Without dvc.lock: it says what `dvc repro` did, not what a stage is, and reading it takes longer than all the rest.
+    """
+    project = ProjectFile(repo, os.path.join(repo.root_dir, PROJECT_FILE))
+    return StageLoader(project, project.contents)
 
 
 def read_stages(repo: Repo, hashes: Hashes) -> list[Stage]:
-    """Every stage of dvc.yaml."""
-    return [read_stage(stage, hashes) for stage in repo.index.stages]
+    """Every stage of dvc.yaml, with its parameter values and the hashes of files from outside the pipeline."""
+    # From the resolved YAML: an object of DVC's for each file of each stage would take ten times longer.
+    loader = stage_loader(repo)
+    paths = {name: os.path.join(repo.root_dir, name) for name in ("params.yaml", "versions.yaml")}
+    files = {name: load_path(path, repo.fs) for name, path in paths.items() if os.path.exists(path)}
+    return [_read_stage(address, loader.resolver.resolve_one(address)[address], files, hashes) for address in loader]
+
+
+def _read_stage(address: str, data: Mapping[str, Any], files: Mapping[str, Any], hashes: Hashes) -> Stage:
+    parameters: dict[str, Any] = {}
+    for entry in data.get("params", []):
+        named = {"params.yaml": [entry]} if isinstance(entry, str) else entry
+        for name, keys in named.items():
+            parameters |= _values_at(keys, files.get(name))
+    artifacts = tuple(path for path in data["deps"] if path.startswith(ARTIFACTS))
+    outputs = [entry for kind in ("outs", "metrics", "plots") for entry in data.get(kind, [])]
+    return Stage(
+        address=address,
+        command=data["cmd"],
+        parameters=parameters,
+        files={path: hashes.dependency(path) for path in data["deps"] if path not in artifacts},
+        artifacts=artifacts,
+        outputs=tuple(entry if isinstance(entry, str) else next(iter(entry)) for entry in outputs),
+    )
+
+
+def _values_at(keys: Iterable[str], data: Any) -> dict[str, Any]:
+    """The values at those of the dotted keys that are there."""
+    found = {}
+    for key in keys:
+        value = data
+        with contextlib.suppress(KeyError, TypeError):
+            for part in key.split("."):
+                value = value[part]
+            found[key] = value
+    return found
 
 
 def prepare() -> list[str]:
@@ -147,7 +190,7 @@ def prepare() -> list[str]:
     with private_repo() as repo:
         hashes = Hashes(repo)
         stages = read_stages(repo, hashes)
-        outputs = [path for stage in stages for path in stage.outputs]
+        outputs = sorted(path for stage in stages for path in stage.outputs)
         for stage in stages:
             receipt = _read(receipt_path(stage.address))
             differences = list(_differences(receipt, stage, stage.inputs(outputs), hashes)) if receipt else []
@@ -172,6 +215,13 @@ def receipt_path(address: str) -> Path:
 def write_receipt(stage: Stage, inputs: Mapping[str, str | None], outputs: Mapping[str, str | None]) -> None:
     """Say that these outputs (path to MD5) were made from these inputs (path to MD5) as the stage says."""
     _write_json(receipt_path(stage.address), stage.spec | {"inputs": dict(inputs), "outputs": dict(outputs)})
+
+
+def _at_or_below(path: str, outputs: Sequence[str]) -> Iterator[str]:
+    exact = bisect_left(outputs, path)
+    if exact < len(outputs) and outputs[exact] == path:
+        yield path
+    yield from outputs[bisect_left(outputs, f"{path}/") : bisect_left(outputs, f"{path}0")]  # 0 comes after /
 
 
 def _renew_spec(stage: Stage) -> None:

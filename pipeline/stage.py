@@ -3,6 +3,7 @@
 import argparse
 import errno
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -18,8 +19,8 @@ import gradiend_core
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import sha256_file, write_json
 
-# What an OSError of a full, over-quota, too small or read-only disk says; others may be about a file that is read.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What an OSError of a full, over-quota, broken or read-only disk says; others may be about a file that is read.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 # Packages whose version may change a result; a manifest records those that its stage imported.
 _PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
@@ -41,19 +42,24 @@ T = TypeVar("T")
 class Outputs:
     """Files written aside and renamed together once all are complete, with a manifest that says what made them.
 
-    Use as a context manager; `path(final)` gives the name to write to. When the block raises, the asides are
-    deleted and earlier files stay as they were. The manifest holds the stage, its resolved parameters, the SHA-256
+    Use as a context manager, which waits until no other process makes the same; `path(final)` gives the name to write
+    to. When the block raises, the asides are deleted, with those that a killed process has left for the same outputs,
+    and earlier files stay as they were. The manifest holds the stage, its resolved parameters, the SHA-256
     of inputs and outputs, threads, package versions and facts from `record`: no timestamps, no host names.
     """
 
     def __init__(self, stage: str, manifest: Path, params: Mapping[str, Any], inputs: Sequence[Path]) -> None:
         self._manifest = manifest
         self._asides: dict[Path, Path] = {}
-        self._folders: list[Path] = []
+        self._folders: dict[Path, Path] = {}
         self._resumable: set[Path] = set()
         self._held = ExitStack()
         self._facts: dict[str, Any] = {"stage": stage, "params": dict(params)}
         self._facts["inputs"] = {path.as_posix(): sha256_file(path) for path in _files(inputs)}
+        # By name, so that no stage depends on them: they can refuse a damaged input, wait for another process and
+        # tidy up after it, but never change a result.
+        self._leftovers = importlib.import_module("pipeline.leftovers")
+        importlib.import_module("pipeline.manifests").refuse_damaged(self._facts["inputs"])
 
     @property
     def inputs(self) -> Mapping[str, str]:
@@ -81,8 +87,9 @@ class Outputs:
     def folder(self, final: Path, names: Sequence[str]) -> Path:
         """An aside folder for code that writes whole folders; of its files the named ones go to `final`."""
         aside = _aside(final)
+        shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same number
         aside.mkdir()
-        self._folders.append(aside)
+        self._folders[final] = aside
         self._asides |= {final / name: aside / name for name in names}
         return aside
 
@@ -91,6 +98,7 @@ class Outputs:
         self._facts.update(facts)
 
     def __enter__(self) -> Self:
+        self._alone = self._held.enter_context(self._leftovers.alone(self._manifest))
         return self
 
     def __exit__(
@@ -105,8 +113,10 @@ class Outputs:
         finally:
             for aside in {*self._asides.values()} - self._resumable:
                 aside.unlink(missing_ok=True)
-            for folder in self._folders:
+            for folder in self._folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
+            if self._alone:
+                self._leftovers.remove_asides({*self._asides, *self._folders, self._manifest})
             self._held.__exit__(*outcome)
 
     def _end(self, error: BaseException | None) -> None:
@@ -128,7 +138,8 @@ class Outputs:
                 os.fsync(stream.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        for final, aside in self._asides.items():
+        # What can be resumed goes last: a kill before it costs nothing that took long to compute.
+        for final, aside in sorted(self._asides.items(), key=lambda names: names[1] in self._resumable):
             aside.chmod(0o666 & ~mask)  # safetensors writes files that only their owner can read
             final.parent.mkdir(exist_ok=True)
             aside.replace(final)
@@ -136,9 +147,9 @@ class Outputs:
     def _explain(self, error: OSError) -> None:
         """Raise the `GradiendError` for an output that cannot be written; return when another file is at fault."""
         finals = {str(aside): final for final, aside in self._asides.items()}
-        final = finals.get(str(error.filename), next(iter(self._asides), self._manifest))
         if str(error.filename) in finals or error.errno in _DISK_ERRORS:
-            raise _unwritable(final, error) from None
+            name = error.filename or next(iter(self._asides.values()), self._manifest)
+            raise _unwritable(finals.get(str(name), Path(name)), error) from None
 
 
 def _aside(final: Path, mark: str | int | None = None) -> Path:

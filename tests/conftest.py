@@ -8,10 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gradiend_core.lm.folder import load_masked_lm
+from project import Project
+from real_project import TINY, real_project
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -54,3 +57,12 @@ def tensors() -> dict[str, torch.Tensor]:
     """The reference's tensors."""
     loaded: dict[str, torch.Tensor] = load_file(REFERENCE / "values.safetensors")
     return loaded
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The real stages with tiny parameters, run once by Snakemake. Shared: change copies only."""
+    project = real_project(tmp_path_factory.mktemp("tiny") / "run")
+    (project.folder / "params.yaml").write_text(yaml.safe_dump(TINY))
+    project.snakemake()
+    return project

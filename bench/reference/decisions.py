@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import cases
 import pandas as pd
 import tiny_model
 import torch
@@ -19,6 +18,8 @@ from gradiend.trainer.core.arguments import TrainingArguments
 from gradiend.trainer.core.training import train as core_train
 from gradiend.trainer.text.prediction.model_with_gradiend import TextPredictionModelWithGradiend
 from gradiend.trainer.text.prediction.trainer import TextPredictionTrainer
+
+import cases
 
 Values = dict[str, Any]
 SMALL_PARAMETER = "bert.embeddings.LayerNorm.bias"

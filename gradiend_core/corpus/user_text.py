@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from gradiend_core.config.corpora import TextCorpus
 from gradiend_core.corpus.texts import SPLITS
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, out_of_memory
 from gradiend_core.tables import open_table
 
 # Read whole, a file takes several times its size of memory; a .csv has few columns of which one or two are read.
@@ -61,6 +61,8 @@ def _read(path: Path, params: TextCorpus) -> pd.DataFrame:
     except OSError as error:
         raise GradiendError(f"{path}: cannot be read ({error.strerror}). Check corpora.text.*.path.") from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, pa.ArrowException) as error:
+        if out_of_memory(error):
+            raise
         raise GradiendError(f"{path}: not a readable {path.suffix} file: {error}") from None
     texts = frame[params.text_column]
     for row, text in enumerate(texts):

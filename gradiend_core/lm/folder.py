@@ -14,10 +14,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, out_of_memory
+from gradiend_core.tensors import disk_errors
 
 WEIGHTS_FILE: Final = "model.safetensors"
-MODEL_FILES: Final = ("config.json", WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILE: Final = "tokenizer.json"
+MODEL_FILES: Final = ("config.json", WEIGHTS_FILE, TOKENIZER_FILE, "tokenizer_config.json")
 METRICS_FILE: Final = "metrics.json"
 
 
@@ -57,6 +59,8 @@ def load_masked_lm(
         )
         found = AutoTokenizer.from_pretrained(folder, **place)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, … for bad folders
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise GradiendError(
             f"{folder}: not a masked language model that transformers can load ({type(error).__name__}: {reason})."
@@ -108,9 +112,14 @@ def _refuse_kernels(config: Mapping[str, Any]) -> None:
 
 
 def save_masked_lm(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write `MODEL_FILES` (one weights file whatever the size) into an existing folder."""
-    model.save_pretrained(folder, max_shard_size="1000GB")
-    tokenizer.save_pretrained(folder)
+    """Write `MODEL_FILES` (one weights file whatever the size) into an existing folder.
+
+    Raises `OSError` when the disk refuses.
+    """
+    with disk_errors(folder / WEIGHTS_FILE):
+        model.save_pretrained(folder, max_shard_size="1000GB")
+    with disk_errors(folder / TOKENIZER_FILE):
+        tokenizer.save_pretrained(folder)
 
 
 def max_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:

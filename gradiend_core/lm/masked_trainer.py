@@ -22,7 +22,7 @@ from gradiend_core.devices import matmul_precision
 from gradiend_core.errors import GradiendError
 from gradiend_core.lm.masking import IGNORED, Batch, Encoded, MaskedOnce, Masker, share
 from gradiend_core.lm.trainer_checkpoints import TrainerCheckpoints
-from gradiend_core.tensors import load_tensors, save_tensors
+from gradiend_core.tensors import disk_errors, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ class MaskedTrainer(Trainer):
         if last and not self.args.load_best_model_at_end:
             return
         self._check_finite()
-        super()._save_checkpoint(model, trial)
+        with disk_errors(self._checkpoints.folder):
+            super()._save_checkpoint(model, trial)
         # All processes write; only then is it complete. Transformers cannot continue after the last step.
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero() and self._masked is not None and not last:

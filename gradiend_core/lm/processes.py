@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ def run_processes(function: Callable[[T], None], argument: T, processes: int) ->
     one of them fails. `function` and `argument` are sent to them, so they must be picklable.
 
     Raises:
-        GradiendError: one that a process raised.
+        GradiendError, OSError: one that a process raised; GradiendError: a process was killed.
         RuntimeError: another failure of a process, with its traceback.
     """
     if processes == 1:
@@ -80,17 +82,24 @@ def run_processes(function: Callable[[T], None], argument: T, processes: int) ->
         elastic_launch(config, _run)(_Settings.of_this_process(), function, argument)
     except ChildFailedError as error:
         raise _first_failure(error, processes) from None
-    except SignalException as signal:
-        raise SystemExit(128 + signal.sigval) from None
+    except SignalException as received:
+        raise SystemExit(128 + received.sigval) from None
 
 
 def _first_failure(error: "ChildFailedError", processes: int) -> Exception:
     rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return GradiendError(f"process {rank} of {processes} was killed ({name}{memory}). Run it again.")
     data: Any = failure.message  # a text, or what `record` has written about an exception
     message = data if isinstance(data, str) else data["message"]
     kind, _, explanation = message.partition(": ")
     if kind == GradiendError.__name__:
         return GradiendError(explanation)
+    if refused := re.fullmatch(r"\[Errno (\d+)\] .*: '(.+)'", explanation):
+        number = int(refused[1])
+        return OSError(number, os.strerror(number), refused[2])
     details = "" if isinstance(data, str) else f"\n{data['extraInfo']['py_callstack']}"
     return RuntimeError(f"process {rank} of {processes} failed: {message}{details}")
 

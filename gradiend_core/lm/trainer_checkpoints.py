@@ -16,7 +16,7 @@ from gradiend_core.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# Written last: a checkpoint without it was interrupted.
+# Written last and removed first: a checkpoint without it was interrupted.
 _COMPLETE: Final = "complete.json"
 
 
@@ -45,7 +45,7 @@ class TrainerCheckpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None or self.latest() is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
         os.close(self._opened)
 
     def latest(self) -> Path | None:
@@ -66,6 +66,12 @@ class TrainerCheckpoints:
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
             raise GradiendError(f"{self.folder}: cannot be written ({reason}). Check free space there.") from None
+
+    def _remove(self) -> None:
+        # First of all what says that they are whole: a kill in the middle must not leave a part that is continued.
+        for path in self.folder.glob(f"checkpoint-*/{_COMPLETE}"):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _remove_unusable(self) -> None:
         for path in self.folder.glob("checkpoint-*"):

@@ -15,6 +15,8 @@ from gradiend_core.training.batches import Positions
 from gradiend_core.training.evaluation import Validation
 from gradiend_core.training.rows import RowSet
 
+_ROWS_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class Data:
@@ -81,7 +83,7 @@ def _check_finite(rows: Tensor, positions: Tensor, quantity: str) -> None:
 
 def _scale(rows: Tensor) -> float:
     """Root mean square of training rows, the unit of the error; 1 if they are all zero."""
-    return float(rows.double().square().mean().sqrt()) or 1.0
+    return float(_rms(rows).square().mean().sqrt()) or 1.0
 
 
 def _typical_scale(rows: Tensor) -> float:
@@ -90,5 +92,10 @@ def _typical_scale(rows: Tensor) -> float:
     Factual gradients are next to nothing where the base model knows the word: a few large ones would make all others
     too small to be told apart.
     """
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return float(norms.median()) / math.sqrt(rows.shape[1]) or _scale(rows)
+    return float(_rms(rows).median()) or _scale(rows)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    """Root mean square of each row [N], in double precision; few rows at a time, because they are copied for it."""
+    norms = [torch.linalg.vector_norm(some, dim=1, dtype=torch.float64) for some in torch.split(rows, _ROWS_AT_ONCE)]
+    return torch.cat(norms) / math.sqrt(rows.shape[1])

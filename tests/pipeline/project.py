@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 _COPIED = ["Snakefile", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore", "profiles", "workflow"]
 _COPIED += ["pipeline/__init__.py", "pipeline/cached.py", "pipeline/dag.py", "pipeline/engine.py", "pipeline/gpus.py"]
-_COPIED += ["pipeline/locks.py", "gradiend_core/errors.py", "versions.yaml"]
+_COPIED += ["pipeline/locks.py", "pipeline/objects.py", "gradiend_core/errors.py", "versions.yaml"]
 _CHECK = """
 from pathlib import Path
 from gradiend_core.errors import GradiendError

@@ -226,6 +226,12 @@ def test_code_that_changes_while_a_stage_runs_is_not_credited_with_its_result(ma
     assert "Traceback" not in output
 
 
+def test_a_killed_stage_is_named_with_its_signal(made: Project) -> None:
+    made.replace("pipeline/plot.py", "SALT", "import os\nos.kill(os.getpid(), 9)\nSALT")
+    output = made.run("python", "-m", "pipeline.cached", "plot@a", succeeds=False)
+    assert "error: plot@a: killed (SIGKILL, as the system does when memory runs out). Run it again." in output
+
+
 def test_dvc_compares_metrics_with_the_last_commit_and_shows_plots(changed_by_dvc: Project) -> None:
     assert not list((changed_by_dvc.folder / "artifacts").rglob(".gitignore"))
     changes = changed_by_dvc.dvc("metrics", "diff")

@@ -246,7 +246,7 @@ def test_changes_execute_what_depends_on_them_and_changing_them_back_restores(
 
 
 def with_descendants(addresses: set[str], stages: dict[str, Stage]) -> set[str]:
-    outputs = {path for address in addresses for path in stages[address].outputs}
+    outputs = sorted(path for address in addresses for path in stages[address].outputs)
     reached = addresses | {address for address, stage in stages.items() if stage.inputs(outputs)}
     return reached if reached == addresses else with_descendants(reached, stages)
 

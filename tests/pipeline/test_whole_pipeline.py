@@ -9,97 +9,24 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from own_input import write_model, write_reviews
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from gradiend_core import GradiendModel, GradientStore
 from project import ROOT, Project
-
-_REAL = [
-    "Snakefile",
-    "dvc.yaml",
-    ".dvc/config",
-    ".dvc/plots",
-    ".dvcignore",
-    ".gitignore",
-    "profiles",
-    "workflow",
-    "pipeline",
-]
-_REAL += ["gradiend_core", "data", "versions.yaml"]
-
-_TINY = {
-    "seeds": [0, 1],
-    "gradient_shards": [0, 1],
-    "corpora": {"grammar": {"english": {"path": "data/english", "max_size": 2000}}, "text": {}},
-    "base_models": {
-        "trained": {
-            "tiny": {
-                "corpus": "english",
-                "vocab_size": 600,
-                "model": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
-                "training": {"max_steps": 20, "learning_rate": 5.0e-3, "per_device_train_batch_size": 32},
-                "probe_words": ["he", "she", "they"],
-            }
-        },
-        "local": {},
-        "hub": {},
-    },
-    "datasets": {
-        "gender": {
-            "corpus": "english",
-            "classes": {"masculine": ["he"], "feminine": ["she"]},
-            "min_left_context_words": 2,
-            "max_size_per_class": 60,
-            "neutral_max_size": 30,
-        }
-    },
-    "runs": {
-        "gender": {
-            "base_model": "tiny",
-            "dataset": "gender",
-            "target_classes": ["masculine", "feminine"],
-            "pre_prune": {"topk": 0.1},
-            "cache_gradients": {},
-            "train": {"max_steps": 20, "eval_steps": 5, "train_batch_size": 8},
-            "select_seed": {"min_convergent_seeds": None},
-            "post_prune": {"topk": 0.5},
-            "evaluate_encoder": {"bootstrap_samples": 50},
-            "evaluate_decoder": {"lrs": [1.0, 0.1], "bootstrap_samples": 50},
-            "plot": {"dpi": 72},
-        }
-    },
-}
-
-
-def real_project(folder: Path) -> Project:
-    """The project itself, without parameters."""
-    for name in _REAL:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, target)
-    project = Project(folder, folder.with_name(f"{folder.name}-site"))
-    project.run("git", "init", "--quiet")
-    return project
+from real_project import TINY, real_project
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
+def finished(tiny_run: Project, tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
     """Two cold runs of the same parameters in folders of their own, one by each engine."""
-    projects = []
-    for engine in ("snakemake", "dvc"):
-        project = real_project(tmp_path_factory.mktemp("whole") / engine)
-        (project.folder / "params.yaml").write_text(yaml.safe_dump(_TINY))
-        if engine == "snakemake":
-            project.snakemake()
-        else:
-            project.repro()
-        projects.append(project)
-    return projects[0], projects[1]
+    folder = tmp_path_factory.mktemp("whole")
+    by_dvc = real_project(folder / "dvc")
+    (by_dvc.folder / "params.yaml").write_text(yaml.safe_dump(TINY))
+    by_dvc.repro()
+    return tiny_run.copy(folder / "snakemake"), by_dvc
 
 
 def test_two_cold_runs_give_the_same_bytes_whatever_the_engine(finished: tuple[Project, Project]) -> None:
@@ -144,7 +71,7 @@ def test_metrics_plots_and_reports_are_shown(finished: tuple[Project, Project]) 
     project.dvc("plots", "show")
     page = (project.folder / "dvc_plots/index.html").read_text()
     assert "training.png" in page
-    assert all(f'"seed": "{seed}", "step": "0"' in page for seed in _TINY["seeds"])
+    assert all(f'"seed": "{seed}", "step": "0"' in page for seed in TINY["seeds"])
     finished[0].snakemake("--report", "report.html")
     assert "encoder" in (finished[0].folder / "report.html").read_text()
 
@@ -192,6 +119,30 @@ def test_damaged_artifacts_are_named_and_never_used(finished: tuple[Project, Pro
     assert model.read_bytes() == before
     project.snakemake()  # the damaged file is noticed by its content and restored
     assert project.artifacts() == finished[0].artifacts()
+
+
+def test_other_instructions_change_results_by_their_rounding_only(
+    finished: tuple[Project, Project], tmp_path: Path
+) -> None:
+    """What another processor or a GPU does: the same sums in another order."""
+    usual = finished[0]
+    other = usual.copy(tmp_path / "other")
+    run = Path("artifacts/runs/gender")
+    for made in (".dvc/cache", run / "gradients", run / "seeds"):
+        shutil.rmtree(other.folder / made)
+    other._environment |= {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    other.snakemake(*(str(run / f"seeds/{seed}/model.safetensors") for seed in TINY["seeds"]))
+    stores = [GradientStore.open(project.folder / run / "gradients") for project in (usual, other)]
+    everything = torch.arange(len(stores[0].index))
+    for quantity in ("factual", "alternative"):
+        mine, theirs = (store.rows(quantity, everything).double() for store in stores)
+        error = (mine - theirs).norm(dim=1) / mine.norm(dim=1)
+        assert error.max() < 1e-4
+    for seed in TINY["seeds"]:
+        history = run / f"seeds/{seed}/history.parquet"
+        first, second = (pd.read_parquet(project.folder / history) for project in (usual, other))
+        pd.testing.assert_frame_equal(first, second, rtol=1e-3, atol=1e-4)
+    assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or error.max() > 0
 
 
 def test_own_text_and_own_model(tmp_path: Path) -> None:

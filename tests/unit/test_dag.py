@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ruamel.yaml
 
-from pipeline.dag import Hashes, Stage, private_repo, read_stages
+from pipeline.dag import Hashes, Stage, prepare, private_repo, read_stages
 from pipeline.imports import closure, compare, fixed
 from project import ROOT, Project, create
 
@@ -49,7 +50,7 @@ def declaration(job: str) -> tuple[str, tuple[set[str], set[str]]]:
 
 
 def test_snakemake_and_dvc_declare_the_same_graph(project: Project, stages: dict[str, Stage]) -> None:
-    outputs = [path for stage in stages.values() for path in stage.outputs]
+    outputs = sorted(path for stage in stages.values() for path in stage.outputs)
     by_snakemake = dict(map(declaration, jobs(project.snakemake("--forceall", "--dry-run", "-p", *outputs))))
     own = {"corpus_text@own": {"own.txt"}, "base_model_local@mine": {"folder"}}
     by_dvc = {
@@ -63,6 +64,30 @@ def test_snakemake_and_dvc_declare_the_same_graph(project: Project, stages: dict
     for address, (inputs, written) in by_dvc.items():
         assert by_snakemake[address][0] == inputs, f"{address}: inputs differ (Snakemake left, DVC right)"
         assert by_snakemake[address][1] == written, f"{address}: outputs differ (Snakemake left, DVC right)"
+
+
+def test_inputs_are_the_outputs_at_and_below_what_a_stage_reads() -> None:
+    stage = Stage("plot@a", "", {}, {}, artifacts=("a/b", "a/f.json"), outputs=())
+    outputs = ["a/b-c/x", "a/b.json", "a/b/x", "a/b/y/z", "a/b0", "a/f.json", "a/f.json2", "b/b/x"]
+    assert stage.inputs(outputs) == ["a/b/x", "a/b/y/z", "a/f.json"]
+
+
+def test_reading_all_stages_parses_each_file_once_and_never_dvc_lock(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.folder)
+    (project.folder / "dvc.lock").write_text("not: [yaml")
+    parsed: list[str] = []
+    load = ruamel.yaml.YAML.load
+
+    def counted(yaml: ruamel.yaml.YAML, text: str) -> object:
+        parsed.append(text)
+        return load(yaml, text)
+
+    monkeypatch.setattr(ruamel.yaml.YAML, "load", counted)
+    prepare()
+    (project.folder / "dvc.lock").unlink()
+    assert len(parsed) == len(set(parsed)) <= 3
 
 
 def test_every_stage_declares_the_code_that_it_imports() -> None:

@@ -1,5 +1,6 @@
 """Files with stable bytes, statistics against references, progress lines."""
 
+import errno
 import json
 import logging
 import sys
@@ -11,13 +12,14 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gradiend_core import progress
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import read_json, sha256_file, write_json
 from gradiend_core.statistics import bootstrap_interval, pearson, ratio_interval
 from gradiend_core.tables import read_table, write_table
-from gradiend_core.tensors import load_tensors, open_tensors, read_metadata, save_tensors
+from gradiend_core.tensors import disk_errors, load_tensors, open_tensors, read_metadata, save_tensors
 
 SCHEMA = {"name": pa.string(), "step": pa.int64(), "value": pa.float64()}
 
@@ -169,3 +171,27 @@ def test_progress_passes_items_on_and_speaks_every_fifteen_seconds(
         "letters: 3 of 6, about 40 s left",
         "letters: 5 of 6, about 12 s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (Exception("Read-only file system (os error 30)"), errno.EROFS),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), errno.EIO),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), errno.EIO),
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_refuses_is_an_os_error_that_names_the_file(error: Exception, code: int) -> None:
+    with pytest.raises(OSError, match="a\\.bin") as caught, disk_errors(Path("a.bin")):
+        raise error
+    assert caught.value.errno == code
+    assert caught.value.filename == "a.bin"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("no number"), FileNotFoundError(2, "No such", "b")])
+def test_other_errors_of_a_writer_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors(Path("a.bin")):
+        raise error
+    assert caught.value is error

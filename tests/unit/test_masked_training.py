@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast, TrainingArguments, get_scheduler
 
 from gradiend_core.config.base_models import MaskedLMTraining
@@ -30,7 +32,7 @@ from gradiend_core.lm import masked_trainer, training_job
 from gradiend_core.lm.masked_trainer import MaskedTrainer, training_arguments
 from gradiend_core.lm.masking import IGNORED, Encoded, MaskedOnce, Masker, share
 from gradiend_core.lm.pretrain import train_masked_lm, train_tokenizer
-from gradiend_core.lm.processes import run_processes
+from gradiend_core.lm.processes import _first_failure, run_processes
 from gradiend_core.lm.trainer_checkpoints import TrainerCheckpoints
 from gradiend_core.lm.training_job import TrainedMaskedLM, TrainingJob, check_job, new_model, read_result, train_share
 from gradiend_core.tables import write_table
@@ -587,6 +589,21 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
 
 
 @pytest.mark.usefixtures("project")
+def test_a_checkpoint_whose_removal_was_interrupted_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = bytes_of(run_stage("parts"))
+
+    def remove_a_part(folder: str | Path, **_: Any) -> None:
+        for file in Path(folder).glob("checkpoint-*/optimizer.pt"):
+            file.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", remove_a_part)
+        run_stage("parts")
+    assert list(Path("parts").glob(f"{FOLDER}/checkpoint-*/model.safetensors"))
+    assert bytes_of(run_stage("parts")) == expected
+
+
+@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("best", [True, False])
 def test_an_interruption_after_the_last_step_is_mended(monkeypatch: pytest.MonkeyPatch, best: bool) -> None:
     write_params({"load_best_model_at_end": best})
@@ -750,3 +767,9 @@ def test_accumulation_and_few_rows_in_two_processes(tokenizer: PreTrainedTokeniz
         its = read_result(jobs[name])
         assert difference(mine.model.state_dict(), its.model.state_dict()) < 1e-5, name
         assert its.validation == pytest.approx(mine.validation, rel=1e-5), name
+
+
+def test_a_killed_process_is_one_message() -> None:
+    failure = ChildFailedError("train", {1: ProcessFailure(1, 4711, -signal.SIGKILL, "none")})
+    message = str(_first_failure(failure, 2))
+    assert message.startswith("process 1 of 2 was killed (SIGKILL, as the system does when memory runs out). Run it")

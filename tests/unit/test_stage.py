@@ -33,8 +33,9 @@ def outputs(params: dict[str, Any] | None = None, inputs: tuple[str, ...] = ("in
 
 
 def tree() -> dict[str, bytes]:
-    """Every file below the current folder."""
-    return {path.as_posix(): path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
+    """Every file below the current folder, without locks."""
+    files = (path for path in sorted(Path().rglob("*")) if path.is_file() and path.parts[0] != ".stages")
+    return {path.as_posix(): path.read_bytes() for path in files}
 
 
 def write(content: str = "new") -> None:
@@ -325,3 +326,83 @@ def test_what_is_held_learns_that_the_outputs_could_not_be_put_in_place(monkeypa
     with pytest.raises(GradiendError, match="cannot be written"):
         write_to_a_full_disk()
     assert seen == [GradiendError]
+
+
+def leave(name: str) -> Path:
+    """What a killed process has left aside."""
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("half")
+    return path
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_killed_process_left_aside_goes_with_the_next_run(fails: bool) -> None:
+    left = [leave(f"{place}") for place in ("out/.partial-1-a.txt", "out/.partial-22-a.txt", ".partial-3-model/x")]
+    others = [leave(f"out/{name}") for name in (".partial-resume-a.txt", ".partial-4-b-a.txt", ".partial-5-other.txt")]
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+    else:
+        write()
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_folder_left_aside_by_a_process_of_the_same_number_is_emptied() -> None:
+    leave(f".partial-{os.getpid()}-model/config.json")
+    with outputs() as out:
+        assert list(out.folder(Path("model"), []).iterdir()) == []
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_interrupted_renames_leave_what_is_resumed_until_all_else_is_in_place(
+    monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    done: list[Path] = []
+
+    def replace(aside: Path, final: Path) -> None:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(final)
+        os.replace(aside, final)
+
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        continued(seen)
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        continued(seen)
+    assert Path("out/.partial-resume-rows.txt").read_text() == "row row "
+
+
+def test_nothing_left_aside_is_removed_where_there_are_no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left = leave("out/.partial-1-a.txt")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    write()
+    assert left.exists()
+    assert Path("out/a.txt").exists()
+
+
+def test_the_same_outputs_are_made_by_one_process_at_a_time(folder: Path) -> None:
+    program = """
+import time
+from pathlib import Path
+from pipeline.stage import Outputs
+
+with Outputs("demo", Path("manifests/demo.json"), {}, []) as out:
+    out.path(Path("out/a.txt")).write_text("first")
+    print("writing", flush=True)
+    time.sleep(0.5)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        with outputs():
+            assert Path("out/a.txt").read_text() == "first"
