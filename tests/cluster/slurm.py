@@ -4,10 +4,13 @@ Where Slurm is not installed, its Debian packages are downloaded with apt and un
 """
 
 import os
+import pwd
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 NODES = ("n1", "n2")
-_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
+_SECONDS_FOR_DOWNLOADS = 90
 
 # Memory is only counted, so that the nodes can have more of it than this machine.
 _SLURM_CONF = """
@@ -50,46 +55,67 @@ SlurmdTimeout=5
 ReturnToService=2
 GresTypes=gpu
 {plugins}
-NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=4 RealMemory=64000 Gres=gpu:1
+NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=8 RealMemory=64000 Gres=gpu:1
 PartitionName=main Nodes={nodes} Default=YES State=UP
+PartitionName=cpu Nodes={nodes} State=UP
+PartitionName=gpu Nodes={nodes} State=UP
 """
+
+
+class NoSlurm(Exception):
+    """Why no Slurm can be started on this machine."""
 
 
 class Cluster:
     """A running cluster: the environment in which Slurm's commands find it, and its daemons to kill and start."""
 
     def __init__(self, folder: Path) -> None:
+        self.environment: dict[str, str] = {}
         self._folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        programs = folder / "bin"
-        unpacked = None if shutil.which("slurmctld") else _unpack(folder / "packages")
-        self.environment = _environment(programs, unpacked) | {"SLURM_CONF": f"{folder}/slurm.conf"}
+
+    def start(self) -> None:
+        """Start all daemons and wait until the nodes are idle; a failure says what they have said."""
+        self._install()
+        try:
+            self._start_all()
+        except AssertionError as error:
+            error.add_note(self.logs(last=3000))
+            raise
+
+    def _install(self) -> None:
+        programs = self._folder / "bin"
+        unpacked = None if _installed() else _unpack(self._folder / "packages")
+        self.environment = _environment(programs, unpacked) | {"SLURM_CONF": f"{self._folder}/slurm.conf"}
         self._configure(unpacked)
         # The executor plugin takes SLURM_* from what runs inside a job, whose srun must find this cluster all the same.
         srun = programs / "srun"
         programs.mkdir()
         real = shutil.which("srun", path=self.environment["PATH"])
-        srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {real} "$@"\n')
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF={self._folder}/slurm.conf exec {real} "$@"\n')
         srun.chmod(0o755)
 
-    def start(self) -> None:
-        """Start all daemons and wait until the nodes are idle."""
+    def _start_all(self) -> None:
         key, sock = self._folder / "munge.key", self._folder / "munge.socket"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         files = [f"--{name}-file={self._folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={sock}", *files)
-        wait_until(sock.exists, 10)
+        wait_until(sock.exists, 60)
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.run("sinfo", "--noheader", "--format=%D %T").split() == ["2", "idle"], 30)
+        wait_until(lambda: self._ask("sinfo", "--noheader", "--format=%D %T").stdout.split() == ["2", "idle"], 60)
 
     def run(self, *command: str) -> str:
         """The output of one of Slurm's commands."""
-        done = subprocess.run(command, env=os.environ | self.environment, text=True, capture_output=True)
+        done = self._ask(*command)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | self.environment
+        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
 
     def jobs(self) -> list[dict[str, str]]:
         """What Slurm knows of every job, the first one first."""
@@ -111,38 +137,30 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """Kill the node's daemon and all that runs on it, as if its power had failed."""
         self._kill(node)
-        _kill_all(self._opened_by(f"slurmd-{node}.log"))  # first: what starts and watches jobs could report their end
+        log = f"{self._folder}/slurmd-{node}.log"
+        _kill_all(lambda process: _has_open(process, log))  # first: what starts and watches jobs could report their end
         conf = f"SLURM_CONF={self._folder}/slurm.conf"
         _kill_all(lambda process: {conf, f"SLURMD_NODENAME={node}"} <= _variables(process))
 
-    def stop(self) -> None:
-        """Kill every daemon and every job."""
-        for name in [*self._daemons]:
-            self._kill(name)
-        conf = f"SLURM_CONF={self._folder}/slurm.conf"
-        _kill_all(self._opened_by(""))
-        _kill_all(lambda process: conf in _variables(process))
+    def wait(self) -> None:
+        """Wait until every daemon has ended."""
+        for process in self._daemons.values():
+            process.wait(timeout=20)
 
-    def logs(self) -> str:
-        """What the daemons have said, the nodes last."""
-        return "\n".join(log.read_text() for log in sorted(self._folder.glob("slurm*d*.log")))
+    def logs(self, last: int = 0) -> str:
+        """What each daemon has said: all, or so many of its last characters."""
+        logs = ((log.name, log.read_text(errors="replace")) for log in sorted(self._folder.glob("*.log")))
+        return "\n".join(f"{name}:\n{text[-last:]}" for name, text in logs if text)
 
     def _start(self, program: str, *arguments: str, name: str | None = None) -> None:
-        # With their parent's death they die, however it dies.
-        command = ["setpriv", "--pdeathsig", "KILL", program, *arguments]
-        output = (self._folder / f"{name or program}.out.log").open("ab")
-        process = subprocess.Popen(command, env=os.environ | self.environment, stdout=output, stderr=output)
-        output.close()
-        self._daemons[name or program] = process
+        command, environment = [program, *arguments], os.environ | self.environment
+        with (self._folder / f"{name or program}.out.log").open("ab") as output:
+            self._daemons[name or program] = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
 
     def _kill(self, name: str) -> None:
         process = self._daemons.pop(name)
         process.kill()
         process.wait()
-
-    def _opened_by(self, name: str) -> Callable[[Path], bool]:
-        """Whether a process has a file of the cluster's folder open whose name begins so."""
-        return lambda process: any(path.startswith(f"{self._folder}/{name}") for path in _open_files(process))
 
     def _configure(self, unpacked: Path | None) -> None:
         folder, host = self._folder, socket.gethostname()
@@ -164,15 +182,26 @@ class Cluster:
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """A running cluster; when the block is left, nothing of it remains. Raises `OSError` when there is no Slurm."""
-    # Not pytest's folder: the name of a socket must be short.
-    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
-        started = Cluster(Path(folder))
-        try:
+    """A running cluster; when the block is left, nothing of it remains. Raises `NoSlurm` where there cannot be one."""
+    _check()
+    folder = tempfile.mkdtemp(prefix="slurm-")  # not pytest's folder: the name of a socket must be short
+    started = Cluster(Path(folder))
+    try:
+        # It ends the cluster when its input ends: now, or when this process dies in the block, however it dies.
+        with subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, start_new_session=True):
             started.start()
             yield started
-        finally:
-            started.stop()
+    finally:
+        started.wait()
+
+
+def _end(folder: str) -> None:
+    """Kill every daemon and every job of the cluster in a folder, and delete it."""
+    conf = f"SLURM_CONF={folder}/slurm.conf"
+    try:
+        _kill_all(lambda process: _has_open(process, f"{folder}/") or conf in _variables(process))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], object], seconds: float) -> None:
@@ -183,18 +212,35 @@ def wait_until(condition: Callable[[], object], seconds: float) -> None:
         time.sleep(0.2)
 
 
+def _check() -> None:
+    if sys.platform != "linux":
+        raise NoSlurm(f"its daemons run on Linux, not on {sys.platform}")
+    if " " in tempfile.gettempdir():
+        raise NoSlurm(f"its configuration takes no blanks, and the temporary folder is {tempfile.gettempdir()}")
+    if not _installed() and not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise NoSlurm("it is not installed, and its Debian packages need apt-get and dpkg")
+
+
+def _installed() -> bool:
+    return all(shutil.which(program, path=_path()) for program in _PROGRAMS)
+
+
+def _path() -> str:
+    """Where programs are, those for administrators too, which an ordinary user's path may lack."""
+    return os.pathsep.join([os.environ["PATH"], "/usr/local/sbin", "/usr/sbin"])
+
+
 def _unpack(folder: Path) -> Path:
-    """The packages' files, below a folder. Raises `OSError` when apt does not give them."""
+    """The packages' files, below a folder. Raises `NoSlurm` when apt does not give them."""
     for name in ("lists/partial", "cache/archives/partial", "root"):
         (folder / name).mkdir(parents=True)
     options = [f"Dir::State::lists={folder}/lists", f"Dir::Cache={folder}/cache", "Debug::NoLocking=1"]
-    options.append(f"APT::Sandbox::User={_user()}")
+    options += [f"APT::Sandbox::User={_user()}", "Acquire::Languages=none", "Acquire::Retries=1"]
+    options += ["Acquire::http::Timeout=15", "Acquire::https::Timeout=15"]
     apt = ["apt-get", "--quiet", *(f"--option={option}" for option in options)]
-    install = ["install", "--yes", "--no-install-recommends", "--download-only", *_PACKAGES]
-    for command in ([*apt, "update"], [*apt, *install]):
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode != 0:
-            raise OSError(f"{' '.join(command)}: {done.stdout[-500:]}")
+    end = time.monotonic() + _SECONDS_FOR_DOWNLOADS
+    _download([*apt, "update"], end)
+    _download([*apt, "install", "--yes", "--no-install-recommends", "--reinstall", "--download-only", *_PACKAGES], end)
     root = folder / "root"
     for package in folder.glob("cache/archives/*.deb"):
         subprocess.run(["dpkg", "-x", package, root], check=True)
@@ -203,33 +249,47 @@ def _unpack(folder: Path) -> Path:
     return root
 
 
+def _download(command: list[str], end: float) -> None:
+    pipe, left = subprocess.PIPE, end - time.monotonic()
+    try:
+        done = subprocess.run(command, text=True, stdout=pipe, stderr=subprocess.STDOUT, timeout=left)
+    except subprocess.TimeoutExpired:
+        raise NoSlurm(f"its Debian packages were not downloaded within {_SECONDS_FOR_DOWNLOADS} s") from None
+    if done.returncode != 0:
+        raise NoSlurm(f"its Debian packages cannot be downloaded: {done.stdout.strip().splitlines()[-1]}")
+
+
 def _plugins(unpacked: Path) -> Path:
     return next(unpacked.glob("usr/lib/*/slurm-wlm"))
 
 
 def _environment(programs: Path, unpacked: Path | None) -> dict[str, str]:
-    path = os.environ["PATH"]
     if unpacked is None:
-        return {"PATH": f"{programs}:{path}"}
+        return {"PATH": f"{programs}:{_path()}"}
     libraries = _plugins(unpacked)
     return {
-        "PATH": f"{programs}:{unpacked}/usr/sbin:{unpacked}/usr/bin:{path}",
+        "PATH": f"{programs}:{unpacked}/usr/sbin:{unpacked}/usr/bin:{_path()}",
         "LD_LIBRARY_PATH": f"{libraries}:{libraries.parent}",
     }
 
 
 def _user() -> str:
-    return subprocess.run(["id", "-un"], text=True, check=True, capture_output=True).stdout.strip()
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        raise NoSlurm(f"the user {os.getuid()} has no name") from None
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Ports that nobody listens on, and that the system gives to no connection, also while a daemon is killed."""
+    free: list[int] = []
+    for port in random.sample(range(15000, 32000), 1000):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise NoSlurm("no free ports")
 
 
 def _kill_all(chosen: Callable[[Path], bool]) -> None:
@@ -251,8 +311,14 @@ def _variables(process: Path) -> set[str]:
         return set()
 
 
-def _open_files(process: Path) -> list[str]:
+def _has_open(process: Path, name: str) -> bool:
+    """Whether a process has a file open whose name begins so."""
     try:
-        return [os.readlink(descriptor) for descriptor in (process / "fd").iterdir()]
+        return any(os.readlink(descriptor).startswith(name) for descriptor in (process / "fd").iterdir())
     except OSError:
-        return []
+        return False
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    _end(sys.argv[1])

@@ -1,104 +1,52 @@
-"""The pipeline on a real Slurm, with stub stages: where its jobs run, and that it gets over what happens to them.
+"""The pipeline on a real Slurm: where its jobs run, and that it gets over what happens to them.
 
-Only where it is asked for, with GRADIEND_TEST_SLURM set to `all`, or to `quick` for the run without trouble.
+GRADIEND_TEST_SLURM says how much: `quick` (the default) for one small run with a failing job, `all` for everything,
+`none`. Where Slurm can neither be found nor downloaded the tests are skipped, but not when the variable asks for them.
 """
 
-import json
 import os
+import re
+import shutil
 import signal
-import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 
-from project import Project, create
-from slurm import NODES, Cluster, cluster, wait_until
+from on_slurm import PROBE, WAIT, OnSlurm
+from project import ROOT, create
+from real_project import TINY, real_project
+from slurm import NODES, Cluster, NoSlurm, cluster, wait_until
 
 ASKED = os.environ.get("GRADIEND_TEST_SLURM")
-pytestmark = pytest.mark.skipif(not ASKED, reason="starts a Slurm; ask for it with `make test-slurm`")
-trouble = pytest.mark.skipif(ASKED == "quick", reason="GRADIEND_TEST_SLURM=quick leaves out what takes minutes")
+if ASKED not in {None, "none", "quick", "all"}:
+    raise pytest.UsageError(f"GRADIEND_TEST_SLURM is {ASKED!r}, and may be none, quick or all")
+pytestmark = [
+    pytest.mark.skipif(ASKED == "none", reason="GRADIEND_TEST_SLURM=none"),
+    pytest.mark.skipif(" " in sys.executable, reason="Snakemake does not quote its own path in jobs (docs/cluster.md)"),
+]
+minutes = pytest.mark.skipif(ASKED != "all", reason="takes minutes: `make test-slurm`, or GRADIEND_TEST_SLURM=all")
 
 SEEDS = [f"artifacts/runs/a/seeds/{seed}/model.safetensors" for seed in (0, 1)]
 CORPUS = "artifacts/corpora/english/texts.parquet"
-# What every stub stage does besides its work: say where it runs, and what the test wants of it.
-_PROBE = """SALT = ""
-import json, os, sys
-from pathlib import Path
-stage = sys.argv[1]
-seen = {name: os.environ.get(name) for name in ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
-with open("placed.jsonl", "a") as placed:
-    placed.write(json.dumps({"stage": stage} | seen) + "\\n")
-if Path(f"act-{stage}.py").exists():
-    exec(Path(f"act-{stage}.py").read_text())
+# What the training of a seed does the first time.
+_BREAK_ONCE = """
+if seen["seed"] == "{}" and not Path("broken").exists():
+    Path("broken").touch()
+    sys.exit("broken on purpose")
 """
-_WAIT = """
-import time
-while not Path("go").exists():
-    time.sleep(0.1)
+# profiles/cluster-generic for Slurm.
+_SCHEDULER = """
+job_id=SLURM_JOB_ID
+submit_job() {
+    sbatch --parsable --job-name "$1" -c "$2" --mem "$3" --time "$4" --gres "gpu:$5" --output "$folder/%j.log"
+}
+forgotten() { ! squeue --noheader --jobs "$1" 2>&1 | grep -q .; }
+cancel_jobs() { scancel "$@"; }
 """
-
-
-class OnSlurm(Project):
-    """A project whose jobs go to the cluster."""
-
-    def __init__(self, folder: Path, slurm: Cluster) -> None:
-        super().__init__(folder, folder.with_name(f"{folder.name}-site"))
-        self.slurm = slurm
-        sacct = folder / "profiles/slurm/without-accounting"
-        self._environment |= slurm.environment | {"PATH": f"{sacct}:{slurm.environment['PATH']}"}
-        self._started: list[subprocess.Popen[bytes]] = []
-
-    def submit(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start Snakemake, which submits its jobs to the cluster."""
-        command = ["snakemake", "--profile", "profiles/slurm", "--nocolor", "--latency-wait", "5", "--retries", "1"]
-        command += ["--slurm-init-seconds-before-status-checks", "1", "--verbose", *arguments]
-        with (self.folder / "snakemake.out").open("wb") as output:
-            started = subprocess.Popen(command, cwd=self.folder, env=self._environment, stdout=output, stderr=output)
-        self._started.append(started)
-        return started
-
-    def finish(self, snakemake: subprocess.Popen[bytes], *, succeeds: bool = True) -> str:
-        """Wait for Snakemake's end; what it said."""
-        status = snakemake.wait(timeout=240)
-        output = self.said()
-        assert (status == 0) == succeeds, output + self.slurm.logs()[-5000:]
-        return output
-
-    def end(self) -> None:
-        """Kill every Snakemake that still runs, and its jobs."""
-        for snakemake in self._started:
-            snakemake.kill()
-            snakemake.wait()
-        for job in self.jobs():
-            self.slurm.run("scancel", job["JobId"])
-
-    def said(self) -> str:
-        """What Snakemake has said so far."""
-        return (self.folder / "snakemake.out").read_text()
-
-    def act(self, stage: str, code: str) -> None:
-        """What the stage's programs do before their work."""
-        (self.folder / f"act-{stage}.py").write_text(code)
-
-    def wait_for(self, stage: str) -> dict[str, str | None]:
-        """Wait until one of the stage's programs runs; where."""
-        wait_until(lambda: self.placed(stage), 60)
-        return self.placed(stage)[-1]
-
-    def let_go(self) -> None:
-        """Let the programs that wait go on."""
-        (self.folder / "go").touch()
-
-    def jobs(self) -> list[dict[str, str]]:
-        """What Slurm knows of this project's jobs."""
-        return [job for job in self.slurm.jobs() if job["WorkDir"] == str(self.folder)]
-
-    def placed(self, stage: str) -> list[dict[str, str | None]]:
-        """Where and with what the stage's programs have been started, the first one first."""
-        file = self.folder / "placed.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [placed for placed in map(json.loads, lines) if placed["stage"] == stage]
 
 
 @pytest.fixture(scope="module")
@@ -106,33 +54,40 @@ def slurm() -> Iterator[Cluster]:
     try:
         with cluster() as started:
             yield started
-    except OSError as error:
-        pytest.skip(f"no Slurm here: {error}")
+    except NoSlurm as reason:
+        refuse = pytest.fail if ASKED else pytest.skip
+        refuse(f"no Slurm here: {reason}")
 
 
 @pytest.fixture(scope="module")
-def made(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> OnSlurm:
-    """A project with two shards and two seeds, made on the cluster up to the trained seeds."""
+def made(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnSlurm]:
+    """A project with two shards and two seeds, made on the cluster up to the trained seeds; one failed at first."""
     project = OnSlurm(create(tmp_path_factory.mktemp("slurm") / "project").folder, slurm)
     project.replace("params.yaml", "seeds: [0]", "seeds: [0, 1]")
     project.replace("params.yaml", "gradient_shards: [0]", "gradient_shards: [0, 1]")
     for path in (project.folder / "pipeline").glob("*.py"):
         if path.read_text() == 'SALT = ""\n':
-            path.write_text(_PROBE)
-    project.finish(project.submit(*SEEDS))
-    return project
+            path.write_text(PROBE)
+    project.act("train", _BREAK_ONCE.format(1))
+    with closing(project):
+        project.finish(project.submit(*SEEDS))
+        yield project
 
 
 @pytest.fixture
 def project(made: OnSlurm, tmp_path: Path) -> Iterator[OnSlurm]:
     """A copy of it in which every seed is due, and waits for `let_go`."""
     copied = OnSlurm(made.copy(tmp_path / "project").folder, made.slurm)
-    for name in ("placed.jsonl", "executed.log"):
+    for name in ("placed.jsonl", "executed.log", "broken"):
         (copied.folder / name).unlink()
+    generic = "profiles/cluster-generic"
+    (copied.folder / generic / "slurm.sh").write_text(_SCHEDULER)
+    here = 'if command -v sbatch > /dev/null; then\n    . "$here/slurm.sh"\n'
+    copied.replace(f"{generic}/scheduler.sh", "if ", f"{here}elif ")
     copied.replace("params.yaml", "learning_rate: 0.001", "learning_rate: 0.01")
-    copied.act("train", _WAIT)
-    yield copied
-    copied.end()
+    copied.act("train", WAIT)
+    with closing(copied):
+        yield copied
 
 
 def test_jobs_get_what_their_rules_ask_for(made: OnSlurm) -> None:
@@ -158,10 +113,19 @@ def test_what_the_cluster_has_made_is_up_to_date_here(made: OnSlurm) -> None:
     assert "Nothing to be done" in made.snakemake(*SEEDS)
 
 
-@trouble
-def test_a_failing_job_is_tried_again_and_takes_no_other_down(project: OnSlurm) -> None:
+def test_a_job_that_has_failed_is_tried_again_with_twice_the_memory(made: OnSlurm) -> None:
+    jobs = [job for job in made.jobs() if job["Comment"].startswith("rule_train_")]
+    assert sorted((job["MinMemoryNode"], job["JobState"]) for job in jobs) == [
+        ("16000M", "COMPLETED"),
+        ("8000M", "COMPLETED"),
+        ("8000M", "FAILED"),
+    ]
+
+
+@minutes
+def test_a_job_that_fails_again_takes_no_other_down(project: OnSlurm) -> None:
     before = project.artifacts()
-    project.act("train", "if sys.argv[sys.argv.index('--seed') + 1] == '0': sys.exit('broken on purpose')")
+    project.act("train", "if seen['seed'] == '0': sys.exit('broken on purpose')")
     output = project.finish(project.submit(*SEEDS), succeeds=False)
     assert "broken on purpose" in output
     assert len(project.placed("train")) == 3
@@ -169,7 +133,7 @@ def test_a_failing_job_is_tried_again_and_takes_no_other_down(project: OnSlurm) 
     assert [before[seed] == after[seed] for seed in SEEDS] == [True, False]
 
 
-@trouble
+@minutes
 def test_a_job_that_runs_out_of_memory_gets_twice_as_much(project: OnSlurm) -> None:
     project.act("corpus_grammar", "import time; block = b'x' * 2_300_000_000; time.sleep(5)")
     project.replace("params.yaml", "max_size: 10", "max_size: 11")
@@ -180,7 +144,7 @@ def test_a_job_that_runs_out_of_memory_gets_twice_as_much(project: OnSlurm) -> N
     assert f"StepId={jobs[0]['JobId']}.0 exceeded memory limit" in project.slurm.logs()
 
 
-@trouble
+@minutes
 def test_a_cancelled_job_is_submitted_again(project: OnSlurm) -> None:
     snakemake = project.submit(SEEDS[0])
     project.wait_for("train")
@@ -190,22 +154,23 @@ def test_a_cancelled_job_is_submitted_again(project: OnSlurm) -> None:
     assert [job["JobState"] for job in project.jobs()] == ["CANCELLED", "COMPLETED"]
 
 
-@trouble
-def test_interrupting_snakemake_cancels_its_jobs(project: OnSlurm) -> None:
-    snakemake = project.submit(SEEDS[0])
+@minutes
+@pytest.mark.parametrize("profile", ["slurm", "cluster-generic"])
+def test_interrupting_snakemake_cancels_its_jobs(project: OnSlurm, profile: str) -> None:
+    snakemake = project.submit(SEEDS[0], profile=profile)
     project.wait_for("train")
     snakemake.send_signal(signal.SIGINT)
-    snakemake.wait(60)
-    wait_until(lambda: project.jobs()[0]["JobState"] == "CANCELLED", 20)
+    project.finish(snakemake, succeeds=False)
+    wait_until(lambda: project.jobs()[0]["JobState"] == "CANCELLED", 60)
 
 
-@trouble
+@minutes
 def test_the_jobs_of_a_killed_node_run_on_another(project: OnSlurm) -> None:
     snakemake = project.submit(SEEDS[0])
     node = str(project.wait_for("train")["SLURMD_NODENAME"])
     project.slurm.kill_node(node)
     project.let_go()
-    wait_until(lambda: project.jobs()[0]["Restarts"] == "1", 60)
+    wait_until(lambda: project.jobs()[0]["Restarts"] == "1", 180)
     # Slurm would wait for two minutes, for a node that has only lost its connection.
     project.slurm.run("scontrol", "update", f"JobId={project.jobs()[0]['JobId']}", "StartTime=now")
     project.finish(snakemake)
@@ -214,12 +179,12 @@ def test_the_jobs_of_a_killed_node_run_on_another(project: OnSlurm) -> None:
     project.slurm.start_node(node)
 
 
-@trouble
+@minutes
 def test_jobs_outlive_a_killed_controller(project: OnSlurm) -> None:
     snakemake = project.submit(SEEDS[0])
     project.wait_for("train")
     project.slurm.kill_controller()
-    wait_until(lambda: project.said().count("could not check status") > 5, 60)
+    wait_until(lambda: project.said().count("could not check status") > 5, 180)
     project.slurm.start_controller()
     project.let_go()
     project.finish(snakemake)
@@ -227,17 +192,62 @@ def test_jobs_outlive_a_killed_controller(project: OnSlurm) -> None:
     assert len(project.placed("train")) == 1
 
 
-@trouble
+@minutes
 def test_a_job_that_a_killed_snakemake_has_left_is_waited_for_and_its_result_taken(project: OnSlurm) -> None:
     snakemake = project.submit(SEEDS[0])
     project.wait_for("train")
     snakemake.kill()
     snakemake.wait()
-    project.snakemake("--unlock")
     snakemake = project.submit(SEEDS[0])
     log = project.folder / "logs/train/a-0.log"
-    wait_until(lambda: "waiting for another job" in log.read_text(), 60)
+    wait_until(lambda: "waiting for another job" in log.read_text(), 180)
     project.let_go()
     project.finish(snakemake)
     assert "restored from the cache" in log.read_text()
     assert len(project.placed("train")) == 1
+
+
+@minutes
+def test_the_settings_that_the_page_on_clusters_shows_are_what_jobs_ask_for(project: OnSlurm) -> None:
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL | re.MULTILINE)
+    shutil.copytree(project.folder / "profiles/slurm", project.folder / "profiles/mine")
+    with (project.folder / "profiles/mine/config.yaml").open("a") as config:
+        config.write(settings.replace("  slurm_account: mylab\n", ""))  # without accounting there are no accounts
+    project.replace("params.yaml", "&cache_gradients {}", "&cache_gradients {changed: true}")
+    project.act("train", "")
+    project.finish(project.submit(SEEDS[0], profile="mine"))
+    keys = ("Partition", "NumCPUs", "MinMemoryNode", "TimeLimit")
+    asked = [tuple(job[key] for key in keys) for job in project.jobs()]
+    assert asked == [("gpu", "8", "62.50G", "1-00:00:00")] * 2 + [("cpu", "1", "8000M", "02:00:00")]
+    assert [placed["CUDA_VISIBLE_DEVICES"] for placed in project.placed("train")] == [""]
+
+
+@minutes
+def test_the_generic_profile_tries_failed_and_cancelled_jobs_again(project: OnSlurm) -> None:
+    project.act("train", _BREAK_ONCE.format(0) + WAIT)
+    snakemake = project.submit(*SEEDS, profile="cluster-generic")
+    wait_until(lambda: {placed["seed"] for placed in project.placed("train")} == {"0", "1"}, 180)
+    (waiting,) = (placed["SLURM_JOB_ID"] for placed in project.placed("train") if placed["seed"] == "1")
+    project.slurm.run("scancel", str(waiting))
+    project.let_go()
+    project.finish(snakemake)
+    jobs = {job["JobId"]: (job["JobState"], job["MinMemoryNode"], job["TimeLimit"]) for job in project.jobs()}
+    for seed, state in (("0", "FAILED"), ("1", "CANCELLED")):
+        tries = [jobs[str(placed["SLURM_JOB_ID"])] for placed in project.placed("train") if placed["seed"] == seed]
+        assert tries == [(state, "8000M", "02:00:00"), ("COMPLETED", "16000M", "02:00:00")]
+    assert {placed["CUDA_VISIBLE_DEVICES"] for placed in project.placed("train")} == {"0"}
+
+
+@minutes
+def test_the_whole_pipeline_writes_the_same_bytes_as_on_this_machine(slurm: Cluster, tmp_path: Path) -> None:
+    here = real_project(tmp_path / "here")
+    with closing(OnSlurm(real_project(tmp_path / "there").folder, slurm)) as there:
+        for project in (here, there):
+            (project.folder / "params.yaml").write_text(yaml.safe_dump(TINY))
+        threads = ["--set-threads", *(f"{rule}=1" for rule in ("pre_prune", "cache_gradients", "evaluate_decoder"))]
+        snakemake = there.submit(*threads)
+        here.snakemake(*threads)
+        there.finish(snakemake, seconds=1800)
+        assert there.artifacts() == here.artifacts()
+        assert {job["JobState"] for job in there.jobs()} == {"COMPLETED"}
+        assert "Nothing to be done" in there.snakemake()
