@@ -73,13 +73,11 @@ def touch_everything(folder: Path) -> None:
             os.utime(path)
 
 
-def test_after_one_engine_the_other_executes_nothing_and_soon_says_so(made: Project, committed: Project) -> None:
+def test_after_one_engine_the_other_executes_nothing_and_says_so(made: Project, committed: Project) -> None:
     assert NOTHING in made.snakemake()
     assert not (made.folder / "dvc.lock").exists()
     for run, answer in ((committed.repro, UP_TO_DATE), (committed.snakemake, NOTHING)):
-        started = time.monotonic()
         assert answer in run()
-        assert time.monotonic() - started < 10
     assert committed.executed() == []
 
 
