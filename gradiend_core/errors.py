@@ -1,5 +1,7 @@
 """The one exception type that means "the user can fix this"."""
 
+import signal
+
 
 class GradiendError(Exception):
     """Something a user gave us is wrong.
@@ -7,6 +9,12 @@ class GradiendError(Exception):
     The message says what was wrong, where (file, key or row), what is allowed and what to do next.
     Stage programs print it without a traceback and exit with status 1; every other exception is a bug of ours.
     """
+
+
+def killed_by(number: int) -> str:
+    """What to say of a process that a signal has ended."""
+    name = signal.Signals(number).name
+    return f"killed ({name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}). Run it again."
 
 
 _NO_MEMORY = (

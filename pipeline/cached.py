@@ -23,7 +23,7 @@ from dvc.stage import PipelineStage
 from dvc.stage.cache import _get_stage_hash
 from dvc_data.hashfile.tree import Tree
 
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, killed_by
 from pipeline.dag import ARTIFACTS, Stage, private_repo, receipt_path, stage_loader, write_receipt
 from pipeline.gpus import taken
 from pipeline.locks import Lock
@@ -86,9 +86,7 @@ def _restore_or_run(repo: Repo, stage: PipelineStage, environment: Mapping[str, 
         with taken(gpus, environment) as gpus_seen:
             status = _run(spec.command, {**environment, **gpus_seen}, repo.root_dir)
         if status < 0:
-            name = signal.Signals(-status).name
-            memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            print(f"error: {stage.addressing}: killed ({name}{memory}). Run it again.", file=sys.stderr)
+            print(f"error: {stage.addressing}: {killed_by(-status)}", file=sys.stderr)
             return 128 - status
         if status != 0:
             return status

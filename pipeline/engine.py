@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
-from dvc.rwlock import rwlock
+from dvc.rwlock import RWLOCK_FILE, RWLockFileCorruptedError, rwlock
 
 from pipeline.locks import Lock
 
@@ -42,18 +42,28 @@ def _wait_for_snakemake(say: Callable[[str], None]) -> None:
 
 def _wait_for_dvc(say: Callable[[str], None]) -> None:
     repo = Repo(config={"core": {"no_scm": True}})
-    command = " ".join(sys.argv)
-    artifacts = str(Path("artifacts").absolute())
     told = False
     while True:
         try:
             # DVC lets go of the first lock while a stage's program runs, and then holds the second one for its files.
-            with lock_repo(repo), ExitStack() as held:
-                held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], [artifacts], hardlink=False))
-                atexit.register(held.pop_all().close)
+            with lock_repo(repo):
+                _keep_dvc_out(repo)
             return
         except LockError as error:
             if not told:
                 say(f"DVC is at work in this folder: waiting for its end. {error}")
             told = True
             time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _keep_dvc_out(repo: Repo) -> None:
+    command, artifacts = " ".join(sys.argv), str(Path("artifacts").absolute())
+    hardlink = repo.config["core"].get("hardlink_lock", False)
+    with ExitStack() as held:
+        try:
+            held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], [artifacts], hardlink))
+        except RWLockFileCorruptedError:
+            # It is written in place: somebody was killed meanwhile, and no DVC could read it any more.
+            Path(repo.tmp_dir, RWLOCK_FILE).unlink()
+            held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], [artifacts], hardlink))
+        atexit.register(held.pop_all().close)

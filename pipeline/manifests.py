@@ -1,6 +1,7 @@
 """What manifests say of artifacts, and refusing inputs that are something else."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -8,6 +9,7 @@ from typing import Final
 from gradiend_core.errors import GradiendError
 
 FOLDER: Final = Path("artifacts/manifests")
+_STAGE_OUTPUT: Final = re.compile("artifacts/[^/]+/[^/]+")
 
 
 def outputs(manifest: Path) -> dict[str, str]:
@@ -28,7 +30,8 @@ def refuse_damaged(inputs: Mapping[str, str]) -> None:
     A guard, not an input: it can refuse but never changes a result. An input that no manifest names is not looked at,
     nor is a damaged manifest: the engine restores it in its turn.
     """
-    pending = {path: digest for path, digest in inputs.items() if path.startswith("artifacts/")}
+    # artifacts/KIND/NAME or artifacts/KIND/NAME/…
+    pending = {path: digest for path, digest in inputs.items() if _STAGE_OUTPUT.match(path)}
     wrong: dict[str, Path] = {}
     for manifest in _candidates({Path(path).parts[2] for path in pending}):
         if not pending:

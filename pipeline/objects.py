@@ -1,5 +1,6 @@
 """DVC's cache by content: DVC itself takes a read-only object for whole, and puts a damaged one in place."""
 
+import errno
 import hashlib
 import os
 from contextlib import suppress
@@ -24,13 +25,16 @@ def md5_file(path: Path | str) -> str:
 def whole(path: Path | str, md5: str) -> bool:
     """Whether an object is there and is what its name says; a damaged one is removed, with a line that says so.
 
-    Raises `GradiendError` when a damaged one cannot be removed.
+    Raises `GradiendError` when a damaged one cannot be removed, `OSError` when one may not be read: that of another
+    user in a shared cache is not damaged.
     """
     try:
         found = md5_file(path)
     except FileNotFoundError:
         return False
     except OSError as error:
+        if error.errno != errno.EIO:
+            raise
         return _removed(Path(path), f"cannot be read ({error.strerror})")
     return found == md5.partition(".")[0] or _removed(Path(path), "its content is not what its name says")
 

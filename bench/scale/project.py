@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.scale.study import params
 from tests.pipeline.project import Project, create
+from tests.pipeline.stub_stages import FILES
 
 
 def make(folder: Path, runs: int) -> Project:
@@ -12,4 +13,5 @@ def make(folder: Path, runs: int) -> Project:
     project = create(folder)
     (folder / "params.yaml").write_text(params(runs))
     shutil.copy(Path(__file__).with_name("sleeping_stages.py"), folder / "pipeline/__main__.py")
+    (folder / "pipeline/outputs.py").write_text(f"FILES = {FILES!r}\n")
     return project

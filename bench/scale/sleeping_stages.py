@@ -7,25 +7,7 @@ import os
 import sys
 import time
 
-MODEL = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-FILES = {
-    "check_params": [],
-    "corpus_grammar": ["texts.parquet"],
-    "base_model_trained": [*MODEL, "metrics.json"],
-    "generate_data": ["training.parquet", "neutral.parquet"],
-    "pre_prune": [""],
-    "cache_gradients": ["shard-{shard}.safetensors", "shard-{shard}.parquet"],
-    "train": ["model.safetensors", "config.json", "history.parquet", "runners_up.safetensors", "metrics.json"],
-    "select_seed": [""],
-    "post_prune": ["model.safetensors", "config.json", "metrics.json"],
-    "evaluate_encoder": ["encodings.parquet", "metrics.json", "details.json"],
-    "evaluate_decoder": ["grid.parquet", "metrics.json"],
-    "rewrite_model": [f"{target}/{name}" for target in ("X", "Y") for name in ("README.md", *MODEL)],
-    "plot": [
-        "training.csv",
-        *(f"{figure}.{kind}" for figure in ("training", "encoder", "decoder") for kind in ("png", "pdf")),
-    ],
-}
+from pipeline.outputs import FILES  # written beside this, from the stub stages of the tests
 
 
 def main(stage, argv):
@@ -33,7 +15,8 @@ def main(stage, argv):
     if stage == "check_params":
         return
     values = {argv[i].removeprefix("--"): argv[i + 1] for i in range(len(argv) - 1) if argv[i].startswith("--")}
-    paths = [os.path.join(values["output"], name.format(**values)).rstrip("/") for name in FILES[stage]]
+    names = dict.fromkeys(name.format(target=target, **values) for name in FILES[stage] for target in ("X", "Y"))
+    paths = [os.path.join(values["output"], name).rstrip("/") for name in names]
     for path in [*paths, values["manifest"]]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.aside", "w") as file:

@@ -67,6 +67,7 @@ class Taps:
         self._was_flat = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._called: set[object] = set()
+        self._embeddings = _Embeddings(self._called, sites.embeddings, self._embedding)
         self._receive: Receiver | None = None
         # Without a leaf that requires a gradient, autograd would not run through a frozen model at all.
         self._root = torch.zeros((), requires_grad=True)
@@ -99,11 +100,10 @@ class Taps:
         torch.autograd.grad(loss, self._root, retain_graph=again, allow_unused=True)
 
     def _watch(self, table: nn.Module, args: Any) -> None:
-        self._mode = _Embeddings(self._called, self._sites.embeddings, self._embedding)
-        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        self._embeddings.__enter__()  # type: ignore[no-untyped-call]
 
     def _watched(self, table: nn.Module, args: Any, output: Any) -> None:
-        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._embeddings.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _embedding(
         self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from gradiend_core.devices import use_deterministic_algorithms
-from gradiend_core.errors import GradiendError
+from gradiend_core.errors import GradiendError, killed_by
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,9 +88,7 @@ def run_processes(function: Callable[[T], None], argument: T, processes: int) ->
 def _first_failure(error: "ChildFailedError", processes: int) -> Exception:
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return GradiendError(f"process {rank} of {processes} was killed ({name}{memory}). Run it again.")
+        return GradiendError(f"process {rank} of {processes} was {killed_by(-failure.exitcode)}")
     data: Any = failure.message  # a text, or what `record` has written about an exception
     message = data if isinstance(data, str) else data["message"]
     kind, _, explanation = message.partition(": ")

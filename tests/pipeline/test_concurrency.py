@@ -1,5 +1,6 @@
 """Several engines, and several jobs of one stage, in one folder: they wait or refuse, and nothing is made twice."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -142,3 +143,12 @@ def test_jobs_of_one_stage_wait_for_each_other(project: Project) -> None:
     outputs = [first.succeeds(), second.succeeds()]
     assert project.executed() == ["train/a-0"]
     assert sorted("restored from the cache" in output for output in outputs) == [False, True]
+
+
+def test_a_file_of_locks_that_a_kill_has_cut_off_stops_nobody(project: Project) -> None:
+    go(project)
+    locks = project.folder / ".dvc/tmp/rwlock"
+    locks.write_text('{"write": {"/pro')
+    project.snakemake(_TARGET)
+    assert not any(json.loads(locks.read_text()).values())
+    made_once(project)

@@ -40,6 +40,11 @@ def test_what_the_manifest_says_is_taken() -> None:
     refuse(b"weights")
 
 
+def test_a_users_own_file_is_taken_wherever_it_lies() -> None:
+    refuse(b"a text", "artifacts/notes.txt")
+    refuse(b"a text", "notes.txt")
+
+
 def test_another_content_is_refused_with_file_manifest_and_next_step() -> None:
     with pytest.raises(GradiendError) as caught:
         refuse(b"weighty")

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,18 @@ def test_other_system_errors_are_not_called_unwritable_outputs() -> None:
     assert set(tree()) == {"in.txt"}
 
 
+@contextmanager
+def writing(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process of its own that has said that it is writing."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        yield process
+
+
 def test_terminated_stage_leaves_nothing_behind(folder: Path) -> None:
     program = """
 import sys, time
@@ -215,12 +229,7 @@ def stage(argv):
 cli.importlib = SimpleNamespace(import_module=lambda name: SimpleNamespace(main=stage, check=lambda: None))
 sys.exit(cli.main(["train"]))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
+    with writing(program, folder) as process:
         assert len(list(folder.rglob(".partial-*"))) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
@@ -398,11 +407,5 @@ with Outputs("demo", Path("manifests/demo.json"), {}, []) as out:
     print("writing", flush=True)
     time.sleep(0.5)
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        with outputs():
-            assert Path("out/a.txt").read_text() == "first"
+    with writing(program, folder), outputs():
+        assert Path("out/a.txt").read_text() == "first"
