@@ -2,7 +2,7 @@
 
 import logging
 import time
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from gradiend_core.files import sha256_file
 from gradiend_core.gradients.collector import GradientCollector
 from gradiend_core.gradients.objectives import Example, encode
 from gradiend_core.gradients.pins import pinned_folder
-from gradiend_core.gradients.plan import rows_per_batch, shard_batches, shard_rows
+from gradiend_core.gradients.plan import batches_at_once, rows_per_batch, shard_batches, shard_rows
+from gradiend_core.gradients.pool import CollectorPool
 from gradiend_core.gradients.selection import Selection
 from gradiend_core.gradients.shard_writer import QUEUED_BATCHES, ShardWriter
 from gradiend_core.gradients.store import INDEX, require_space, shard_files, store_bytes
@@ -92,7 +93,9 @@ def main(argv: list[str]) -> None:
         collector = GradientCollector(model, selection)
         blocks = shard_batches(rows, factual, alternative, batch_size)
         error = _self_check(collector, blocks, factual, alternative, len(rows) - writer.done)
-        _fill(writer, collector, rows.start, blocks, factual, alternative)
+        threads = torch.get_num_threads() if model.device.type == "cpu" else 1
+        at_once = batches_at_once(threads, batch_size, selection.n, QUEUED_BATCHES)
+        _fill(writer, collector, at_once, rows.start, blocks, factual, alternative)
         write_table(outputs.path(index_file), index[rows.start : rows.stop], INDEX)
         outputs.record(device=identity["device"], shard=arguments.shard, self_check_relative_error=error)
 
@@ -127,13 +130,16 @@ def _self_check(
     rows = collector.rows(*pairs)
     seconds = (time.monotonic() - started) / len(batch) * remaining
     error = verify_rows(collector.model, collector.selection, rows, *pairs)
-    logger.info("self-check: largest relative error %.1e; %d rows will take about %.0f s", error, remaining, seconds)
+    logger.info(
+        "self-check: largest relative error %.1e; %d rows will take at most about %.0f s", error, remaining, seconds
+    )
     return error
 
 
 def _fill(
     writer: ShardWriter,
     collector: GradientCollector,
+    at_once: int,
     first: int,
     blocks: Blocks,
     factual: list[Example],
@@ -143,18 +149,19 @@ def _fill(
     end = first + writer.done
     remaining = [block for block in blocks if min(map(min, block)) >= end]
     recorded = time.monotonic()
-    # While one batch is computed, the writer holds those that are queued.
-    buffers = cycle(collector.buffer(max(map(len, chain(*remaining)))) for _ in range(QUEUED_BATCHES + 1))
-    for block in track(remaining, "blocks of rows"):
-        for batch in block:
-            pairs = [factual[row] for row in batch], [alternative[row] for row in batch]
-            rows = collector.rows(*pairs, out=next(buffers))
-            writer.write(torch.tensor(batch) - first, *rows)
-        end += sum(map(len, block))
-        if time.monotonic() - recorded >= _SECONDS_BETWEEN_CHECKPOINTS:
-            writer.checkpoint(end - first)
-            recorded = time.monotonic()
-    writer.finish()
+    batches = [*chain(*remaining)]
+    pairs = (([factual[row] for row in batch], [alternative[row] for row in batch]) for batch in batches)
+    # While some are computed, the writer holds those that are queued.
+    with CollectorPool(collector, at_once, largest=max(map(len, batches), default=0), held=QUEUED_BATCHES) as pool:
+        rows = pool.rows(pairs)
+        for block in track(remaining, "blocks of rows"):
+            for batch in block:
+                writer.write(torch.tensor(batch) - first, *next(rows))
+            end += sum(map(len, block))
+            if time.monotonic() - recorded >= _SECONDS_BETWEEN_CHECKPOINTS:
+                writer.checkpoint(end - first)
+                recorded = time.monotonic()
+        writer.finish()
 
 
 def _metadata(pinned: dict[str, Any], mapping: dict[str, Any], shard: int, num_shards: int) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from bench.gradients.plain import activation_backwards, labelled, parameter_back
 from bench.gradients.report import Line
 from bench.gradients.timing import interleave, ratio, scaled, spread
 from gradiend_core.gradients.collector import GradientCollector, Rows, loop_rows
+from gradiend_core.gradients.plan import batches_at_once
+from gradiend_core.gradients.pool import Batch, CollectorPool
 from gradiend_core.gradients.selection import Selection, backbone_parameters
+from gradiend_core.gradients.shard_writer import QUEUED_BATCHES
 
 LB, FLOOR, ONE, TEN, LARGEST = "lower bound", "floor", "rows, 1 %", "rows, 10 %", "rows, largest 1 %"
 MODELS = ("bert-base", "gpt2", "bert 4x128", "demo-bert")
@@ -38,7 +42,7 @@ def run() -> Iterator[list[Line]]:
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
-    """Seconds of every contestant in every round, the rows of a batch, and how far sums of rows are from LB's."""
+    """Seconds per row of every contestant in every round, and how far sums of rows are from LB's."""
     lm = build(model)
     rows = SIZES[model].rows
     factual, alternative = batch(lm, rows)
@@ -47,36 +51,50 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     parameter_backwards(lm, plain, lambda gradients: exact.append(torch.cat([g.flatten() for g in gradients])))
     selections = {ONE: random_selection(lm, 0.01), TEN: random_selection(lm, 0.1)}
     selections[LARGEST] = largest_selection(lm, exact[0], 0.01)
-    collectors = {name: GradientCollector(lm, selection) for name, selection in selections.items()}
-
-    def collect(name: str) -> Callable[[], Rows]:
-        collector = collectors[name]
-        memory = collector.buffer(rows)  # used again and again, as the stage does
-        return lambda: collector.rows(factual, alternative, out=memory)
-
-    errors = [sum_error(lm, selections[name], collect(name)(), exact) for name in collectors]
-    seconds = interleave(
-        {
-            LB: lambda: parameter_backwards(lm, plain),
-            FLOOR: lambda: activation_backwards(lm, plain),
-            **{name: collect(name) for name in collectors},
-        },
-        rounds,
-    )
+    errors = []
+    with ExitStack() as stack:
+        ours = {}
+        for name, selection in selections.items():
+            collector = GradientCollector(lm, selection)
+            errors.append(sum_error(lm, selection, collector.rows(factual, alternative), exact))
+            ours[name] = stack.enter_context(_rows(collector, (factual, alternative)))
+        seconds = interleave(
+            {
+                LB: lambda: _repeat(lambda: parameter_backwards(lm, plain)),
+                FLOOR: lambda: _repeat(lambda: activation_backwards(lm, plain)),
+                **ours,
+            },
+            rounds,
+        )
     one_by_one = interleave(
         {"loop": lambda: loop_rows(lm, selections[ONE], factual[:LOOP_ROWS], alternative[:LOOP_ROWS])}, 2
     )
-    return {"rows": rows, "seconds": seconds, "loop": one_by_one["loop"], "error": max(errors)}
+    count = rows * torch.get_num_threads()
+    per_row = {name: [second / count for second in spent] for name, spent in seconds.items()}
+    return {"per_row": per_row, "loop": one_by_one["loop"], "error": max(errors)}
 
 
 def measure_rows(model: str, rounds: int) -> list[float]:
     """Seconds per row of the rows at 1 % of the entries alone, in every round."""
     lm = build(model)
-    pairs = batch(lm, SIZES[model].rows)
-    collector = GradientCollector(lm, random_selection(lm, 0.01))
-    memory = collector.buffer(SIZES[model].rows)
-    seconds = interleave({ONE: lambda: collector.rows(*pairs, out=memory)}, rounds)[ONE]
-    return [second / SIZES[model].rows for second in seconds]
+    count = SIZES[model].rows * torch.get_num_threads()
+    with _rows(GradientCollector(lm, random_selection(lm, 0.01)), batch(lm, SIZES[model].rows)) as compute:
+        return [second / count for second in interleave({ONE: compute}, rounds)[ONE]]
+
+
+def _repeat(call: Callable[[], object]) -> None:
+    """As many batches as there are threads, so that every contestant has as much to do as the rows."""
+    for _ in range(torch.get_num_threads()):
+        call()
+
+
+@contextmanager
+def _rows(collector: GradientCollector, pairs: Batch) -> Iterator[Callable[[], object]]:
+    """Computes the rows of as many batches as there are threads, as the stage does."""
+    rows, threads = len(pairs[0]), torch.get_num_threads()
+    at_once = batches_at_once(threads, rows, collector.selection.n, QUEUED_BATCHES)
+    with CollectorPool(collector, at_once, largest=rows, held=0) as pool:
+        yield lambda: deque(pool.rows([pairs] * threads), maxlen=0)
 
 
 def sum_error(model: PreTrainedModel, selection: Selection, rows: Rows, exact: list[Tensor]) -> float:
@@ -92,17 +110,17 @@ def sum_error(model: PreTrainedModel, selection: Selection, rows: Rows, exact: l
 
 def judged(model: str, threads: int, measured: dict[str, Any]) -> list[Line]:
     """The lines of one model: ratios with their limits, then milliseconds per row."""
-    seconds, rows = measured["seconds"], measured["rows"]
+    per_row = measured["per_row"]
     big = SIZES[model].big
     where = f"{model}, {threads} thread{'s' if threads > 1 else ''}"
     lines = [
-        Line(f"{where}: {name} / {LB}", "x", ratio(seconds[name], seconds[LB]), limit)
+        Line(f"{where}: {name} / {LB}", "x", ratio(per_row[name], per_row[LB]), limit)
         for name, limit in {ONE: 0.85 if big else 1.3, LARGEST: 0.85 if big else 1.3, TEN: 1.1}.items()
     ]
-    floor = ratio(seconds[ONE], seconds[FLOOR])
+    floor = ratio(per_row[ONE], per_row[FLOOR])
     lines.append(Line(f"{where}: {ONE} / {FLOOR}", "x", floor, 1.4 if big else None))
     lines.append(Line(f"{where}: sum of rows against {LB}", "relative", spread([measured["error"]]), 2e-6))
-    lines += [Line(f"{where}: {name}", "ms per row", scaled(s, 1000 / rows)) for name, s in seconds.items()]
+    lines += [Line(f"{where}: {name}", "ms per row", scaled(s, 1000)) for name, s in per_row.items()]
     lines.append(Line(f"{where}: loop over examples", "ms per row", scaled(measured["loop"], 1000 / LOOP_ROWS)))
     return lines
 

@@ -5,6 +5,7 @@ One forward pass serves both quantities of a row; each has one backward pass tha
 `products`). What cannot be told apart by example is served by `loop_rows`: exact, one example at a time.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
 class GradientCollector:
     """Computes `Rows` of a base model at a selection, on the model's device; freezes the model's parameters."""
 
-    def __init__(self, model: PreTrainedModel, selection: Selection) -> None:
+    def __init__(self, model: PreTrainedModel, selection: Selection, *, one_by_one: bool = False) -> None:
         self.model = model.requires_grad_(False)
         self.selection = selection
         self._sites = find_sites(model, selection)
@@ -42,9 +43,19 @@ class GradientCollector:
         self._scratch = Scratch()
         starts = torch.tensor([0, *selection.sizes]).cumsum(0).tolist()
         self._spans = [slice(*ends) for ends in pairwise(starts)]
-        self.one_by_one = bool(self._sites.without_rule)
-        if self.one_by_one:
-            _report(f"no rule for the parameters of {', '.join(self._sites.without_rule)}")
+        self.one_by_one = one_by_one
+        if self._sites.without_rule and not one_by_one:
+            self._go_one_by_one(f"no rule for the parameters of {', '.join(self._sites.without_rule)}")
+
+    def for_another_thread(self) -> "GradientCollector":
+        """A collector of the same rows that may be used at the same time: its modules are copies, the weights are not.
+
+        For models on one device.
+        """
+        weights = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.model.parameters()}
+        buffers = {id(buffer): buffer for buffer in self.model.buffers()}
+        model = copy.deepcopy(self.model, {**weights, **buffers})
+        return GradientCollector(model, self.selection, one_by_one=self.one_by_one)
 
     def rows(self, factual: Sequence[Example], alternative: Sequence[Example], out: Rows | None = None) -> Rows:
         """The rows of N examples, given each one's factual and alternative encoding.
@@ -58,11 +69,14 @@ class GradientCollector:
                 self._batched_rows(factual, alternative, result)
                 return result
             except NotSeparatedError as reason:
-                _report(str(reason))
-                self.one_by_one = True
+                self._go_one_by_one(str(reason))
         for matrix, rows in zip(result, loop_rows(self.model, self.selection, factual, alternative), strict=True):
             matrix.copy_(rows)
         return result
+
+    def _go_one_by_one(self, reason: str) -> None:
+        logger.info("%s: one example at a time", reason)
+        self.one_by_one = True
 
     def buffer(self, n: int) -> Rows:
         """Memory for the rows of n examples; its values mean nothing."""
@@ -127,10 +141,6 @@ def find_sites(model: nn.Module, selection: Selection) -> Sites:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sizes = zip(selection.names, selection.sizes, strict=True)
     return Sites.find(model, {parameters[name]: i for i, (name, n) in enumerate(sizes) if n})
-
-
-def _report(reason: str) -> None:
-    logger.info("%s: one example at a time", reason)
 
 
 def loop_rows(

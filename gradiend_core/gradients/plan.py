@@ -14,10 +14,22 @@ _BATCHES_PER_BLOCK = 4
 # Two row matrices of a batch are held in memory at a time; those of an unpruned model are as large as the model.
 _ROW_BYTES = 2**31
 
+# Each batch that is computed has its activations in memory, and its rows besides those that wait for the disk.
+_MOST_AT_ONCE = 4
+_ALL_ROW_BYTES = 4 * _ROW_BYTES
+
 
 def rows_per_batch(batch_size: int, n: int) -> int:
     """The batch size asked for, or what keeps a batch's rows of n entries within 2 GiB."""
     return max(1, min(batch_size, _ROW_BYTES // (2 * 4 * n)))
+
+
+def batches_at_once(threads: int, batch_size: int, n: int, held: int) -> int:
+    """How many batches to compute at a time, each in a thread: at most four.
+
+    The rows of all of them and of `held` batches more stay within 8 GiB.
+    """
+    return max(1, min(threads, _MOST_AT_ONCE, _ALL_ROW_BYTES // (2 * 4 * n * batch_size) - held))
 
 
 def shard_rows(rows: int, shard: int, num_shards: int, batch_size: int) -> range:

@@ -13,14 +13,14 @@ from bench.gradients.timing import Spread, interleave, ratio
 
 def test_the_collector_is_measured_beside_both_bounds_and_computes_the_same_gradients() -> None:
     measured = collector.measure("tiny", rounds=2)
-    assert set(measured["seconds"]) == {
+    assert set(measured["per_row"]) == {
         "lower bound",
         "floor",
         "rows, 1 %",
         "rows, 10 %",
         "rows, largest 1 %",
     }
-    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in measured["seconds"].values())
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in measured["per_row"].values())
     assert measured["error"] < 2e-6
     lines = collector.judged("tiny", 1, measured)
     assert [line.limit for line in lines if line.unit == "x"] == [1.3, 1.3, 1.1, None]
