@@ -264,7 +264,17 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    aside.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", "utf-8")
-    aside.replace(path)
+    text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            aside.write_text(text, "utf-8")
+            aside.replace(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise GradiendError(
+            f"{path}: cannot be written ({error.strerror}). Check free space and permissions."
+        ) from None

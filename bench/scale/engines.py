@@ -4,6 +4,7 @@ Three parts, because they grow differently: Snakemake itself (its jobs only touc
 some stages of one run, and `dvc repro`. Processor seconds, which other programs change less than the time on the clock.
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,18 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bench.scale.project import make
 from bench.scale.study import runs_for, stages_of
 
 _SHELL = re.compile(r'shell:\n( +)(?:"[^"\n]*"\s*)+')
 _STAND_IN = r'shell:\n\1"touch {output} > {log} 2>&1"\n\n\n'
-_WHOLE, _SAMPLE = 2000, 100  # larger graphs are not run to their end: so many of their jobs
+_WHOLE = 200  # `dvc repro` does not run larger graphs to their end
 _TICKS = os.sysconf("SC_CLK_TCK")
 # Stages of one run, of a kind each, in an order in which they can run; the first two are of all runs.
 _ONE_RUN = ["corpus_grammar@english", "base_model_trained@tiny", "generate_data@{run}", "pre_prune@{run}"]
@@ -47,10 +51,7 @@ def snakemake(stages: int, scheduler: str) -> dict[str, Any]:
         assert jobs == text.count("shell:"), "a rule without a command of one or more strings"
         snakefile.write_text(text, "utf-8")
         command = [_program("snakemake"), "--cores", "2", "--nocolor", "--scheduler", scheduler]
-        sample = None if count < _WHOLE else _SAMPLE
-        run = _measured(command, folder, environment, first="Job ", most=sample)
-        if sample:  # it was killed
-            shutil.rmtree(folder / ".snakemake")
+        run = _measured(command, folder, environment, first="Job ")
         _done(folder, environment)
         again = _measured(command, folder, environment, first="Nothing to be done")
         prepare = _measured([sys.executable, "-c", "from pipeline.dag import prepare; prepare()"], folder, environment)
@@ -58,8 +59,8 @@ def snakemake(stages: int, scheduler: str) -> dict[str, Any]:
         return {
             "jobs": count,
             "first job": run.first,
-            "per job": (run.total - run.first) / (sample or count),
-            "wall per job": run.wall / (sample or count),
+            "per job": (run.total - run.first) / count,
+            "wall per job": run.wall / count,
             "nothing to do": again.total,
             "prepare": prepare.total,
             "peak MB": run.peak_mb,
@@ -80,20 +81,41 @@ def cached(stages: int) -> dict[str, Any]:
 
 
 def dvc(stages: int) -> dict[str, Any]:
-    """`dvc repro` on so many stages that sleep for no time."""
+    """`dvc repro` on so many stages that sleep for no time; of a large graph, one stage when all are in dvc.lock."""
     with _project(stages) as (folder, environment, count):
-        run = _measured([_program("dvc"), "repro"], folder, environment, first="Running stage")
-        again = _measured([_program("dvc"), "repro"], folder, environment)
+        command = [_program("dvc"), "repro"]
+        if count > _WHOLE:
+            (folder / "dvc.lock").write_text(_whole_lock(runs_for(stages)), "utf-8")
+            last = _measured([*command, "--single-item", "--force", _ONE_RUN[0]], folder, environment)
+            return {"jobs": count, "one stage": last.total, "peak MB": last.peak_mb, **_dvc_sizes(folder)}
+        run = _measured(command, folder, environment, first="Running stage")
+        again = _measured(command, folder, environment)
+        last = _measured([*command, "--single-item", "--force", _ONE_RUN[0]], folder, environment)
         return {
             "jobs": count,
             "first job": run.first,
             "per job": (run.total - run.first) / count,
+            "one stage": last.total,
             "wall per job": run.wall / count,
             "nothing to do": again.total,
             "peak MB": run.peak_mb,
-            "dvc.lock MB": (folder / "dvc.lock").stat().st_size / 1e6,
-            ".dvc MB": _megabytes(folder / ".dvc"),
+            **_dvc_sizes(folder),
         }
+
+
+def _dvc_sizes(folder: Path) -> dict[str, float]:
+    return {"dvc.lock MB": (folder / "dvc.lock").stat().st_size / 1e6, ".dvc MB": _megabytes(folder / ".dvc")}
+
+
+def _whole_lock(runs: int) -> str:
+    """The dvc.lock of so many runs, with the entries of a project that was run to its end for each."""
+    with _project(stages_of(1)) as (folder, environment, _):
+        _measured([_program("dvc"), "repro"], folder, environment)
+        lock = yaml.safe_load((folder / "dvc.lock").read_text("utf-8"))
+    of_run = {name: entry for name, entry in lock["stages"].items() if "feature_0" in name}
+    for run in range(1, runs):
+        lock["stages"] |= json.loads(json.dumps(of_run).replace("feature_0", f"feature_{run}"))
+    return yaml.dump(lock, Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
 PARTS = {
@@ -134,39 +156,26 @@ def _done(folder: Path, environment: Mapping[str, str]) -> None:
     subprocess.run([sys.executable, "-c", script], cwd=folder, env=dict(environment), check=True)
 
 
-def _measured(
-    command: list[str],
-    folder: Path,
-    environment: Mapping[str, str],
-    first: str | None = None,
-    most: int | None = None,
-) -> Cost:
-    """Run a command to its end, or until it has finished `most` jobs."""
+def _measured(command: list[str], folder: Path, environment: Mapping[str, str], first: str | None = None) -> Cost:
+    """Run a command to its end; its first job is when a line begins with `first`."""
     start = time.perf_counter()
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, cwd=folder, env=dict(environment), stdout=pipe, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    until_first, finished, said = 0.0, 0, []
+    until_first, said = 0.0, deque[str](maxlen=30)
     for line in process.stdout:
-        said = [*said[-30:], line]
+        said.append(line)
         if first is not None and not until_first and line.startswith(first):
             until_first = _processor_seconds(process.pid)
-        finished += line.startswith("Finished jobid")
-        if finished == most:
-            break
-    total, wall = _processor_seconds(process.pid), time.perf_counter() - start
-    if finished == most:
-        process.kill()
     process.stdout.close()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0 and finished != most:
+    if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}\n{''.join(said)}")
-    if finished != most:
-        total, wall = usage.ru_utime + usage.ru_stime, time.perf_counter() - start
-    return Cost(until_first, total, wall, usage.ru_maxrss / 1000)
+    wall = time.perf_counter() - start
+    return Cost(until_first, usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1000)
 
 
 def _processor_seconds(process: int) -> float:

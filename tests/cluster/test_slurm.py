@@ -155,6 +155,17 @@ def test_a_cancelled_job_is_submitted_again(project: OnSlurm) -> None:
 
 
 @minutes
+def test_a_job_that_runs_out_of_time_is_submitted_again(project: OnSlurm) -> None:
+    snakemake = project.submit(SEEDS[0])
+    project.wait_for("train")
+    project.slurm.run("scontrol", "update", f"JobId={project.jobs()[0]['JobId']}", "TimeLimit=1")
+    wait_until(lambda: len(project.placed("train")) == 2, 300)
+    project.let_go()
+    project.finish(snakemake)
+    assert [job["JobState"] for job in project.jobs()] == ["TIMEOUT", "COMPLETED"]
+
+
+@minutes
 @pytest.mark.parametrize("profile", ["slurm", "cluster-generic"])
 def test_interrupting_snakemake_cancels_its_jobs(project: OnSlurm, profile: str) -> None:
     snakemake = project.submit(SEEDS[0], profile=profile)

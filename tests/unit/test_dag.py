@@ -1,5 +1,6 @@
 """Both engines declare the same graph, and every stage declares exactly the code that it imports."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import ruamel.yaml
 
+from gradiend_core.errors import GradiendError
 from pipeline.dag import Hashes, Stage, prepare, private_repo, read_stages
 from pipeline.imports import closure, compare, fixed
 from project import ROOT, Project, create
@@ -64,6 +66,13 @@ def test_snakemake_and_dvc_declare_the_same_graph(project: Project, stages: dict
     for address, (inputs, written) in by_dvc.items():
         assert by_snakemake[address][0] == inputs, f"{address}: inputs differ (Snakemake left, DVC right)"
         assert by_snakemake[address][1] == written, f"{address}: outputs differ (Snakemake left, DVC right)"
+
+
+def test_records_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(create(tmp_path).folder)
+    Path(f".stages/.partial-{os.getpid()}-check_params.spec.json").mkdir(parents=True)  # in the way
+    with pytest.raises(GradiendError, match=r"^\.stages/check_params.spec.json: cannot be written \(.*\)\. Check free"):
+        list(prepare())
 
 
 def test_inputs_are_the_outputs_at_and_below_what_a_stage_reads() -> None:
