@@ -25,7 +25,7 @@ check: .venv/dev  ## Formatter, linters and types
 	$(RUN) snakemake --lint
 
 test: check  ## Everything that has to pass: check and all tests
-	$(RUN) pytest
+	$(RUN) pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-slurm: .venv/dev  ## All tests on a real Slurm, started here for them, in minutes (QUICK=1: those of `make test`)
 	$(RUN) GRADIEND_TEST_SLURM=$(if $(QUICK),quick,all) pytest tests/cluster/test_slurm.py

@@ -24,6 +24,7 @@ _NO_MEMORY = (
     "std::bad_alloc",
     "can't start new thread",  # each needs memory for its stack
     "failed to launch worker thread",
+    "could not create a primitive",  # oneDNN, whose reason is lost
 )
 
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from dvc.dvcfile import LOCK_FILE, Lockfile
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from gradiend_core.errors import GradiendError
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     try:
         take_turn(print)  # what an engine is about to write is not damaged
         with private_repo() as repo:
-            damaged = _verify(repo)
+            damaged = _set_aside_lock(repo) + _verify(repo)
     except (GradiendError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,6 +47,19 @@ def main(argv: list[str]) -> int:
         print(f"{damaged} damaged. `snakemake` or `dvc repro` restores them, or makes them again.")
         return 1
     print("Nothing is damaged.")
+    return 0
+
+
+def _set_aside_lock(repo: Repo) -> int:
+    """Rename a dvc.lock that DVC cannot read, as a kill while it was written leaves it; 1 if there was one."""
+    try:
+        Lockfile(repo, LOCK_FILE).load()
+    except DvcException as error:
+        aside = Path(f"{LOCK_FILE}.damaged")
+        Path(LOCK_FILE).replace(aside)
+        reason = " ".join(str(error).split())
+        print(f"{LOCK_FILE}: damaged: {reason}. Now {aside}; DVC finds all results in its run-cache again.")
+        return 1
     return 0
 
 

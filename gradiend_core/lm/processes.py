@@ -1,8 +1,10 @@
 """One function in several processes of this machine that train together, as `torchrun --standalone` starts them."""
 
+import ctypes
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>: a signal for this process when its parent has ended
+
 
 @dataclass(frozen=True)
 class _Settings:
     """What a new process has to be told to compute and log like the one that started it."""
 
+    parent: int
     threads: int
     deterministic: bool
     log_format: str
@@ -33,10 +38,15 @@ class _Settings:
         formats = [getattr(handler.formatter, "_fmt", None) or "" for handler in logging.getLogger().handlers]
         loggers = {name: logging.getLogger(name).level for name in ("gradiend_core", "pipeline")}
         return _Settings(
-            torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), next(iter(formats), ""), loggers
+            os.getpid(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            next(iter(formats), ""),
+            loggers,
         )
 
     def apply(self) -> None:
+        _end_with(self.parent)
         torch.set_num_threads(self.threads)
         if self.deterministic:
             use_deterministic_algorithms()
@@ -99,6 +109,17 @@ def _first_failure(error: "ChildFailedError", processes: int) -> Exception:
         return OSError(number, os.strerror(number), refused[2])
     details = "" if isinstance(data, str) else f"\n{data['extraInfo']['py_callstack']}"
     return RuntimeError(f"process {rank} of {processes} failed: {message}{details}")
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does: it would wait half an hour for the others.
+
+    Torch has it interrupted then, which is not noticed in a wait outside Python.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit("the process that started this one has ended")
 
 
 def _run(settings: _Settings, function: Callable[[Any], None], argument: Any) -> None:

@@ -35,7 +35,13 @@ def test_real_failures_are_recognised() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(CUDA), pa.ArrowMemoryError("malloc failed"), OSError(12, "Cannot allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA),
+        pa.ArrowMemoryError("malloc failed"),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("could not create a primitive"),
+    ],
 )
 def test_errors_of_libraries_are_recognised(error: Exception) -> None:
     assert out_of_memory(error)
