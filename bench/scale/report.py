@@ -53,7 +53,7 @@ def draw(found: dict[str, Any]) -> None:
         ("pipeline.cached", "cached", "runs", "#D55E00", "-"),
         ("Snakemake, ilp", "ilp", "per job", "#CC79A7", "--"),
         ("Snakemake, greedy", "snakemake", "per job", "#0072B2", "-"),
-        ("dvc repro", "dvc", "per job", "#009E73", "-"),
+        ("dvc repro, one stage", "dvc", "one stage", "#009E73", "-"),
     ]
     for label, part, key, colour, style in lines:
         rows = [row for row in found.get(part, []) if key in row]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shlex
 import stat
 from collections import Counter
@@ -16,6 +17,9 @@ from project import Project
 
 EVERYTHING: Final = os.environ.get("GRADIEND_TEST_FAULTS") == "all"
 """Whether every stage and artifact is tried (`make test-faults`), or a few of them."""
+
+DRAW: Final = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
+"""Draws which few; the same ones in all processes of one test run."""
 
 _RESULTS = Path(__file__).parents[2] / "bench/results"
 

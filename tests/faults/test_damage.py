@@ -3,14 +3,13 @@
 With GRADIEND_TEST_FAULTS=all every artifact and object of the cache is damaged in every way, for both engines.
 """
 
-import random
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 from by_hand import Done, Hands
-from damage import DAMAGES, EVERYTHING, MISSING, Stage, Trial, differences, objects, refusal, spoil, stages
+from damage import DAMAGES, DRAW, EVERYTHING, MISSING, Stage, Trial, differences, objects, refusal, spoil, stages
 
 from project import Project
 
@@ -21,7 +20,7 @@ DATASET = "artifacts/datasets/gender/training.parquet"
 ENGINES: dict[str, tuple[str, ...]] = {"snakemake": ("all", *BESIDE), "repro": ()}
 VERIFY = ("python", "-m", "pipeline.verify")
 KINDS = (*DAMAGES, MISSING)
-ROUNDS = range(len(KINDS)) if EVERYTHING else [random.randrange(len(KINDS))]
+ROUNDS = range(len(KINDS)) if EVERYTHING else [DRAW.randrange(len(KINDS))]
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_snakemake_does_not_restore_from_damaged_objects(project: Project, trial
     chosen = [stage for stage in known.values() if EVERYTHING or stage.address in SOME_OBJECTS]
     outputs = [path for stage in chosen for path in stage.outputs]
     places = dict(zip(outputs, objects(project, outputs), strict=True))
-    damaged = dealt(outputs, random.randrange(len(DAMAGES)), (*DAMAGES,))
+    damaged = dealt(outputs, DRAW.randrange(len(DAMAGES)), (*DAMAGES,))
     for path in outputs:
         (project.folder / path).unlink()
     for place, path in {place: path for path, place in places.items()}.items():  # outputs with one content share it
@@ -124,7 +123,7 @@ def test_snakemake_does_not_restore_from_damaged_objects(project: Project, trial
 ENTRIES: list[bytes | str] = [b"", b"outs: [", b"\xff\xfe\x00", b"- a list\n", "flipped", "cut"]
 
 
-@pytest.mark.parametrize("content", ENTRIES if EVERYTHING else random.sample(ENTRIES, 2))
+@pytest.mark.parametrize("content", ENTRIES if EVERYTHING else DRAW.sample(ENTRIES, 2))
 def test_a_damaged_entry_of_the_run_cache_is_named_and_written_again(
     project: Project, trials: list[Trial], content: bytes | str
 ) -> None:

@@ -6,13 +6,12 @@ stage meets a disk that is full after each of several numbers of pages.
 
 import math
 import os
-import random
 import subprocess
 import tempfile
 
 import pytest
 from by_hand import NAMESPACE, Hands
-from damage import EVERYTHING, Stage, Trial, differences, refusal, stages
+from damage import DRAW, EVERYTHING, Stage, Trial, differences, refusal, stages
 
 from project import Project
 
@@ -117,7 +116,7 @@ def test_a_stage_on_a_full_disk_says_so_and_goes_on_when_there_is_space(
 ) -> None:
     stage, expected = every[address], project.artifacts()
     need = pages(project, stage)
-    some = {0, 1, need // 3, need // 2, 2 * need // 3, need - 1} if EVERYTHING else {random.randrange(need)}
+    some = {0, 1, need // 3, need // 2, 2 * need // 3, need - 1} if EVERYTHING else {DRAW.randrange(need)}
     with Hands(project.folder, stage.name, mounts=True) as hands:
         disk = Disk(hands, "artifacts")
         for left in sorted(some):
@@ -133,9 +132,7 @@ def test_a_stage_on_a_full_disk_says_so_and_goes_on_when_there_is_space(
             assert problems == []
 
 
-@pytest.mark.parametrize(
-    "address", ADDRESSES if EVERYTHING else [random.choice(["plot@gender", "generate_data@gender"])]
-)
+@pytest.mark.parametrize("address", ADDRESSES if EVERYTHING else [DRAW.choice(["plot@gender", "generate_data@gender"])])
 def test_a_stage_in_a_read_only_folder_says_so(
     project: Project, every: dict[str, Stage], trials: list[Trial], address: str
 ) -> None:
@@ -157,7 +154,7 @@ def test_a_stage_in_a_read_only_folder_says_so(
 CACHED = "python -m pipeline.cached"
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only"] if EVERYTHING else [random.choice(["full", "read-only"])])
+@pytest.mark.parametrize("fault", ["full", "read-only"] if EVERYTHING else [DRAW.choice(["full", "read-only"])])
 @pytest.mark.parametrize("engine", [CACHED, "dvc repro --single-item"] if EVERYTHING else [CACHED])
 def test_a_cache_that_takes_nothing_is_named_and_nothing_is_lost(
     project: Project, every: dict[str, Stage], trials: list[Trial], engine: str, fault: str
