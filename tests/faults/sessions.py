@@ -21,7 +21,8 @@ class Session:
     """
 
     def __init__(self, project: Project, command: Sequence[str]) -> None:
-        self._log = project.folder / "engine.log"
+        # One for each session: an orphan of an earlier one may still write to its own.
+        self._log = project.folder / f"engine-{len(list(project.folder.glob('engine-*.log')))}.log"
         with self._log.open("w") as log:
             self._engine = project.start(*command, output=log)
 
