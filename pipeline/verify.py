@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvc.dvcfile import LOCK_FILE, Lockfile
-from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
 from gradiend_core.errors import GradiendError
 from gradiend_core.files import sha256_file
@@ -54,7 +54,7 @@ def _set_aside_lock(repo: Repo) -> int:
     """Rename a dvc.lock that DVC cannot read, as a kill while it was written leaves it; 1 if there was one."""
     try:
         Lockfile(repo, LOCK_FILE).load()
-    except DvcException as error:
+    except (YAMLSyntaxError, YAMLValidationError) as error:
         aside = Path(f"{LOCK_FILE}.damaged")
         Path(LOCK_FILE).replace(aside)
         reason = " ".join(str(error).split())
