@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format=f"{name}: %(message)s", stream=sys.stderr)
     for ours in ("gradiend_core", "pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    memory = importlib.import_module("pipeline.memory")  # now: there may be none left to import it with
     try:
         if name not in STAGES:
             near = get_close_matches(name, STAGES, n=1)
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        print(f"error: {importlib.import_module('pipeline.memory').explained(name, error)}", file=sys.stderr)
+        print(f"error: {memory.explained(name, error)}", file=sys.stderr)
         return 1
     return 0
 
