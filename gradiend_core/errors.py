@@ -30,4 +30,10 @@ _NO_MEMORY = (
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: Python's own, or that of a library, by its text."""
-    return isinstance(error, MemoryError) or any(said in str(error).lower() for said in _NO_MEMORY)
+    text = str(error).lower()
+    # The loader of libraries gives a reason after that text when it is another one (a disk without programs).
+    return (
+        isinstance(error, MemoryError)
+        or any(said in text for said in _NO_MEMORY)
+        or text.endswith("failed to map segment from shared object")
+    )

@@ -41,6 +41,7 @@ def test_real_failures_are_recognised() -> None:
         pa.ArrowMemoryError("malloc failed"),
         OSError(12, "Cannot allocate memory"),
         RuntimeError("could not create a primitive"),
+        ImportError("/lib/a.so: failed to map segment from shared object"),
     ],
 )
 def test_errors_of_libraries_are_recognised(error: Exception) -> None:
@@ -48,7 +49,13 @@ def test_errors_of_libraries_are_recognised(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), OSError(28, "No space left on device"), KeyError("x")]
+    "error",
+    [
+        RuntimeError("shapes differ"),
+        OSError(28, "No space left on device"),
+        KeyError("x"),
+        ImportError("/lib/a.so: failed to map segment from shared object: Operation not permitted"),
+    ],
 )
 def test_other_errors_are_not(error: Exception) -> None:
     assert not out_of_memory(error)
