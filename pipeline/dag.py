@@ -268,13 +268,10 @@ def _write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(text, "utf-8")
-            aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        aside.write_text(text, "utf-8")
+        aside.replace(path)
     except OSError as error:
-        raise GradiendError(
-            f"{path}: cannot be written ({error.strerror}). Check free space and permissions."
-        ) from None
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        reason = f"{path}: cannot be written ({error.strerror}). Check free space and permissions."
+        raise GradiendError(reason) from None

@@ -14,10 +14,10 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "collector": Part("gradient rows beside plain backward passes", 10, 0, 6),
+    "collector": Part("gradient rows beside plain backward passes", 14, 0, 13),
     "reference": Part("gradient rows beside the reference package", 3, 0.5, 4),
     "store": Part("writing and reading a gradient store beside the disk and the memory", 1, 5, 6),
-    "memory": Part("peak memory of a gradient pass beside its formula", 1, 0, 4),
+    "memory": Part("peak memory of a gradient pass beside its formula", 1, 0, 5),
     "step": Part("a training step beside torch's fused AdamW", 1, 0, 2),
     "stage": Part("the cache_gradients stage of the demo, if `make run` has been run", 0.5, 0.1, 1),
 }

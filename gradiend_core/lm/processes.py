@@ -112,7 +112,7 @@ def _first_failure(error: "ChildFailedError", processes: int) -> Exception:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent does: it would wait half an hour for the others.
+    """End this process when its parent does, for it would go on waiting for the others.
 
     Torch has it interrupted then, which is not noticed in a wait outside Python.
     """

@@ -77,7 +77,7 @@ def test_rows_that_are_held_stay_as_they_are(at_once: int) -> None:
     with CollectorPool(collector, at_once, largest=4, held=held) as pool:
         for rows in pool.rows(batches):
             seen.append((rows, copied(rows)))
-            for given, then in seen[-held:]:
+            for given, then in seen[-held - 1 :]:  # those that were held while it was computed, and itself
                 assert torch.equal(given.alternative, then.alternative)
                 assert torch.equal(given.diff, then.diff)
     assert len(seen) == len(batches)
@@ -120,7 +120,7 @@ def test_what_is_not_separated_is_said_once(caplog: pytest.LogCaptureFixture) ->
     assert [message.endswith("one example at a time") for message in caplog.messages] == [True]
 
 
-def test_failure_of_a_batch_is_raised_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_of_a_batch_is_raised_after_the_rows_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     collector, batches = some_batches("bert")
     original = GradientCollector.rows
 
