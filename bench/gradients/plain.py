@@ -45,7 +45,7 @@ def losses(model: PreTrainedModel, rows: Labelled) -> tuple[Tensor, Tensor]:
     """Sums over the batch of the alternative loss and of the loss difference factual - alternative."""
     with _head_at(model, rows):
         output = model(input_ids=rows.input_ids, attention_mask=torch.ones_like(rows.input_ids))
-    logits = output.logits[0]
+    logits = output.logits.flatten(0, 1)
     alternative = F.cross_entropy(logits, rows.alternative, reduction="none")
     chosen = (logits.gather(1, labels[:, None])[:, 0] for labels in (rows.alternative, rows.factual))
     minus, plus = chosen

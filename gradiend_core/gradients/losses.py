@@ -36,7 +36,7 @@ def paired_losses(
     slots = Slots.of(factual)
     logits = _logits(model, factual, slots)
     known, other = _labels(factual, logits), _labels(alternative, logits)
-    minus, plus = (logits.gather(1, labels[:, None]).squeeze(1) for labels in (other, known))
+    minus, plus = logits.gather(1, torch.stack([other, known], 1)).unbind(1)
     return _mean(F.cross_entropy(logits, other, reduction="none"), slots), _mean(minus - plus, slots)
 
 
@@ -50,7 +50,7 @@ def _logits(model: PreTrainedModel, examples: Sequence[Example], slots: Slots) -
     input_ids, attention_mask = (part.to(model.device) for part in pad(examples, int(model.config.pad_token_id or 0)))
     with _head_at(model, slots) as done:
         logits: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    return (logits if done else _at(logits, slots))[0].float()
+    return (logits if done else _at(logits, slots)).flatten(0, 1).float()
 
 
 @contextmanager

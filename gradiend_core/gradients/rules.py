@@ -84,7 +84,9 @@ class LayerNormWeight:
         self._kept = kept
 
     def put(self, out: Tensor, use: Use, a: Tensor, d: Tensor, *, first: bool) -> None:
-        normalised = F.layer_norm(a.to(out.dtype), use.module.normalized_shape, None, None, use.module.eps)  # type: ignore[arg-type]
+        shape: tuple[int, ...] = use.module.normalized_shape  # type: ignore[assignment]
+        one, zero = out.new_ones(shape), out.new_zeros(shape)  # with them torch takes half the time, for the same bits
+        normalised = F.layer_norm(a.to(out.dtype), shape, one, zero, use.module.eps)  # type: ignore[arg-type]
         put(out, _sum(_by_position(d.to(out.dtype) * normalised), self._kept), first)
 
 

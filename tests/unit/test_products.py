@@ -7,7 +7,7 @@ from torch import Tensor
 from gradiend_core.gradients import products
 from gradiend_core.gradients.products import Lines, OuterProduct, Scratch
 
-SMALL, LARGE = (12, 7), (320, 256)
+SMALL, MIDDLE, LARGE, WIDE = (12, 7), (64, 64), (320, 256), (8, 1100)
 
 
 def kept_entries(shape: tuple[int, int], share: float) -> Tensor:
@@ -52,13 +52,18 @@ WAYS = ["_put_lines", "_put_factors", "_put_sampled", "_put_gathered"]
         (SMALL, 0.1, 2, "_put_factors"),
         (SMALL, 0.3, 2, "_put_gathered"),
         (SMALL, 0.1, 5, "_put_gathered"),
+        (MIDDLE, 0.1, 5, "_put_sampled"),
+        (MIDDLE, 0.2, 5, "_put_gathered"),
         (LARGE, 0.01, 1, "_put_factors"),
         (LARGE, 0.01, 2, "_put_factors"),
         (LARGE, 0.01, 3, "_put_sampled"),
         (LARGE, 0.01, 8, "_put_sampled"),
         (LARGE, 0.09, 2, "_put_factors"),
-        (LARGE, 0.14, 2, "_put_sampled"),
+        (LARGE, 0.14, 2, "_put_factors"),
+        (LARGE, 0.16, 2, "_put_gathered"),
         (LARGE, 0.14, 5, "_put_sampled"),
+        (WIDE, 0.1, 30, "_put_sampled"),  # more positions than are transposed at a time
+        (LARGE, 0.29, 1, "_put_factors"),
         (LARGE, 0.3, 1, "_put_gathered"),
         (LARGE, 0.3, 5, "_put_gathered"),
     ],
@@ -67,7 +72,7 @@ def test_every_way_gives_the_kept_entries(
     shape: tuple[int, int], share: float | None, positions: int, way: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = watch(monkeypatch, WAYS)
-    for chunk in (products._CHUNK, products._SAMPLED_CHUNK):
+    for chunk in (products._CHUNK, products._SAMPLED_CHUNK, products._FACTORS_CHUNK):
         monkeypatch.setitem(chunk, "cpu", 2000)  # several chunks and blocks, of which the last is smaller
     left, right = normal(7, positions, shape[0], seed=1), normal(7, positions, shape[1], seed=2)
     kept = None if share is None else kept_entries(shape, share)
@@ -83,6 +88,20 @@ def test_every_way_gives_the_kept_entries(
     assert torch.equal(wide[:, :3], before[:, :3])
     assert torch.equal(wide[:, -2:], before[:, -2:])
     assert taken == ([] if way is None else [way] * 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_examples_with_fewer_positions_have_zeros_there(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = watch(monkeypatch, WAYS)
+    monkeypatch.setitem(products._FACTORS_CHUNK, "cpu", 2000)
+    left, right = normal(7, 2, LARGE[0], seed=1), normal(7, 2, LARGE[1], seed=2)
+    left[[0, 3, 6], 1] = 0.0
+    kept = kept_entries(LARGE, 0.1)
+    out = torch.full((7, len(kept)), torch.nan if first else 1.0)
+    OuterProduct(LARGE, kept, Scratch()).put(out, left, right, first=first)
+    exact = exact_products(left, right, kept) + (0.0 if first else 1.0)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    assert taken == ["_put_factors"]
 
 
 @pytest.mark.parametrize("positions", [1, 2, 5])
