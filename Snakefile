@@ -13,12 +13,12 @@ from snakemake.logging import logger
 
 from gradiend_core.errors import GradiendError
 from pipeline import dag, engine
-from pipeline.check_params import check
+from pipeline.check_params import check_for_engines, write_checked
 
 # Jobs on a cluster read this file too; they use what the main process has found.
 if workflow.is_main_process:
     try:
-        check()
+        check_for_engines()
         for reason in dag.prepare():
             logger.info(reason)
     except GradiendError as error:
@@ -28,6 +28,10 @@ if workflow.is_main_process:
 # Not for a dry run, which may look on while others work.
 onstart:
     engine.take_turn(logger.info)
+    try:
+        write_checked()  # what every stage of dvc.yaml depends on
+    except GradiendError as error:
+        raise WorkflowError(str(error)) from None
 
 
 # Only for `--software-deployment-method apptainer`; container.def says how to build it.

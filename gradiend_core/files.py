@@ -1,7 +1,9 @@
-"""Small files: content hashes and canonical JSON."""
+"""Small files: content hashes, canonical JSON, and text that is there whole or not at all."""
 
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +27,20 @@ def sha256_file(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON with sorted keys and a final newline; NaN and infinity are refused (not JSON)."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, its folder made when missing. Raises `GradiendError` when it cannot be."""
+    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, "utf-8")
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        reason = f"{path}: cannot be written ({error.strerror}). Check free space and permissions there."
+        raise GradiendError(reason) from None
 
 
 def read_json(path: Path) -> Any:

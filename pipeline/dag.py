@@ -29,6 +29,7 @@ from dvc_data.hashfile.build import build
 from dvc_data.hashfile.hash import hash_file
 
 from gradiend_core.errors import GradiendError
+from gradiend_core.files import write_whole
 
 ARTIFACTS = "artifacts/"
 _RECORDS = Path(".stages")
@@ -143,12 +144,20 @@ def stage_loader(repo: Repo) -> StageLoader:
 
 
 def read_stages(repo: Repo, hashes: Hashes) -> list[Stage]:
-    """Every stage of dvc.yaml, with its parameter values and the hashes of files from outside the pipeline."""
+    """The stages of dvc.yaml, with their parameter values and the hashes of files from outside the pipeline.
+
+    Without the check of the parameters, which Snakemake makes itself: as a job before all others it would have all of
+    them listed as due whenever params.yaml has changed. So what it writes is in no stage's `inputs`.
+    """
     # From the resolved YAML: an object of DVC's for each file of each stage would take ten times longer.
     loader = stage_loader(repo)
     paths = {name: os.path.join(repo.root_dir, name) for name in ("params.yaml", "versions.yaml")}
     files = {name: load_path(path, repo.fs) for name, path in paths.items() if os.path.exists(path)}
-    return [_read_stage(address, loader.resolver.resolve_one(address)[address], files, hashes) for address in loader]
+    return [
+        _read_stage(address, loader.resolver.resolve_one(address)[address], files, hashes)
+        for address in loader
+        if address != "check_params"
+    ]
 
 
 def _read_stage(address: str, data: Mapping[str, Any], files: Mapping[str, Any], hashes: Hashes) -> Stage:
@@ -264,14 +273,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, "utf-8")
-        aside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        reason = f"{path}: cannot be written ({error.strerror}). Check free space and permissions."
-        raise GradiendError(reason) from None
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")

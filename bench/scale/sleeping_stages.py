@@ -12,12 +12,13 @@ from pipeline.outputs import FILES  # written beside this, from the stub stages 
 
 def main(stage, argv):
     time.sleep(float(os.environ.get("SLEEP", "0")))
-    if stage == "check_params":
-        return
     values = {argv[i].removeprefix("--"): argv[i + 1] for i in range(len(argv) - 1) if argv[i].startswith("--")}
-    names = dict.fromkeys(name.format(target=target, **values) for name in FILES[stage] for target in ("X", "Y"))
-    paths = [os.path.join(values["output"], name).rstrip("/") for name in names]
-    for path in [*paths, values["manifest"]]:
+    if stage == "check_params":
+        paths = [values["output"]]
+    else:
+        names = dict.fromkeys(name.format(target=target, **values) for name in FILES[stage] for target in ("X", "Y"))
+        paths = [*(os.path.join(values["output"], name).rstrip("/") for name in names), values["manifest"]]
+    for path in paths:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.aside", "w") as file:
             file.write(f"{stage} {argv} {path}\n")

@@ -39,7 +39,9 @@ class Jobs:
     """Jobs of a project, started beside each other; its stages wait for `let_go`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = create(folder / "project").folder
+        project = create(folder / "project")
+        project.run("python", "-m", "pipeline", "check_params")
+        self.folder = project.folder
         for stage in ("corpus_grammar", "corpus_text"):
             (self.folder / f"pipeline/{stage}.py").write_text(_PROBE)
         gpus = {"CUDA_VISIBLE_DEVICES": "4,5", "TMPDIR": str(folder), "DVC_SITE_CACHE_DIR": str(folder / "site")}

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 _COPIED = ["Snakefile", "dvc.yaml", ".dvc/config", ".dvc/plots", ".dvcignore", ".gitignore", "profiles", "workflow"]
 _COPIED += ["pipeline/__init__.py", "pipeline/cached.py", "pipeline/dag.py", "pipeline/engine.py", "pipeline/gpus.py"]
-_COPIED += ["pipeline/locks.py", "pipeline/objects.py", "gradiend_core/errors.py", "versions.yaml"]
+_COPIED += ["pipeline/locks.py", "pipeline/objects.py", "gradiend_core/errors.py", "gradiend_core/files.py"]
+_COPIED += ["versions.yaml"]
 _CHECK = """
 from pathlib import Path
 from gradiend_core.errors import GradiendError
@@ -21,6 +22,12 @@ from gradiend_core.errors import GradiendError
 def check():
     if "bad_key" in Path("params.yaml").read_text():
         raise GradiendError("params.yaml: bad_key: unknown key")
+
+check_for_engines = check
+
+def write_checked(path=Path("artifacts/params_checked.txt")):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("checked")
 """
 
 

@@ -44,12 +44,14 @@ def lookup(params: object, key: str) -> object:
 
 
 def main(stage: str, argv: list[str]) -> int:
+    check_params = importlib.import_module("pipeline.check_params")
     try:
-        importlib.import_module("pipeline.check_params").check()
+        check_params.check()
     except GradiendError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if stage == "check_params":
+        check_params.write_checked()
         return 0
     arguments: dict[str, list[str]] = {}
     for argument in argv:

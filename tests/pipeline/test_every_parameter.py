@@ -117,7 +117,7 @@ def due() -> tuple[set[str], set[str]]:
         with patch("pipeline.dag.private_repo", lambda: nullcontext(repo)):  # else dvc.yaml is resolved twice
             prepare()
     renewed = [path for path in Path(".stages").glob("*.spec.json") if path.read_bytes() != before.get(path)]
-    return {path.name.removesuffix(".spec.json") for path in renewed} - {"check_params"}, by_dvc - {"check_params"}
+    return {path.name.removesuffix(".spec.json") for path in renewed}, by_dvc - {"check_params"}
 
 
 Found = tuple[dict[Place, set[str]], dict[Place, set[str]], dict[Place, set[str]]]

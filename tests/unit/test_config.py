@@ -407,6 +407,43 @@ def test_valid_file_is_confirmed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 runs x 3 seeds, all parameters are valid" in capsys.readouterr().out
 
 
+def test_the_file_that_says_so_is_always_the_same_and_written_only_when_all_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("runs: {}\n")
+    arguments = ["check_params", "--output", str(tmp_path / "new/checked.txt")]
+    assert main([*arguments, str(tmp_path / "bad.yaml")]) == 1
+    assert not (tmp_path / "new").exists()
+    contents = set()
+    for params in ("params.yaml", "configs/bring_your_own.yaml"):
+        assert main([*arguments, str(ROOT / params)]) == 0
+        contents.add((tmp_path / "new/checked.txt").read_bytes())
+    assert len(contents) == 1
+    assert list(tmp_path.glob("new/*")) == [tmp_path / "new/checked.txt"]
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "said"),
+    [
+        ("seeds: [0, 1, 2]", "seeds: [0, 1, 010]", "seeds[2]: 8 for the stages, but 10 for DVC"),
+        (
+            "{max_steps: 300,",
+            "{bias_decoder: no,",
+            "runs.pronoun_number.train.bias_decoder: False for the stages, but 'no'",
+        ),
+        ("seeds: [0, 1, 2] ", "seeds: # zero\n  - 0", None),
+    ],
+)
+def test_what_dvc_reads_otherwise_is_refused(
+    written: str, instead: str, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace(written, instead))
+    validate_params(read_params(path), "params.yaml")  # the stages have nothing against it
+    assert main(["check_params", str(path)]) == (said is not None)
+    if said:
+        assert f"params.yaml: {said}" in capsys.readouterr().err
+
+
 def test_anchors_and_merge_keys_may_override(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\n")

@@ -9,6 +9,7 @@ import pytest
 import ruamel.yaml
 
 from gradiend_core.errors import GradiendError
+from pipeline.check_params import CHECKED
 from pipeline.dag import Hashes, Stage, prepare, private_repo, read_stages
 from pipeline.imports import closure, compare, fixed
 from project import ROOT, Project, create
@@ -34,7 +35,7 @@ def stages(project: Project, monkeypatch: pytest.MonkeyPatch) -> dict[str, Stage
     """What DVC knows, but for the check of the parameters, which Snakemake makes when it reads the Snakefile."""
     monkeypatch.chdir(project.folder)
     with private_repo() as repo:
-        return {stage.address: stage for stage in read_stages(repo, Hashes(repo)) if stage.address != "check_params"}
+        return {stage.address: stage for stage in read_stages(repo, Hashes(repo))}
 
 
 def jobs(dry_run: str) -> list[str]:
@@ -68,10 +69,36 @@ def test_snakemake_and_dvc_declare_the_same_graph(project: Project, stages: dict
         assert by_snakemake[address][1] == written, f"{address}: outputs differ (Snakemake left, DVC right)"
 
 
+def test_dvc_checks_the_params_before_every_other_stage() -> None:
+    # Not only before those that follow by themselves: with a target DVC makes what it depends on and nothing else.
+    stages = ruamel.yaml.YAML(typ="safe").load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
+    check = stages.pop("check_params")
+    assert check["outs"] == [str(CHECKED)]
+    assert check["cmd"].endswith(f" --output {CHECKED}")
+    assert [name for name, stage in stages.items() if str(CHECKED) not in stage.get("do", stage)["deps"]] == []
+
+
+def test_the_memory_of_train_follows_its_files_and_grows_with_each_attempt(project: Project) -> None:
+    folder = project.folder / "artifacts/runs/a/gradients"
+    folder.mkdir(parents=True)
+    for name in ("shard-0.parquet", "shard-1.parquet", "shard-1.safetensors"):
+        (folder / name).touch()
+
+    def asked(mebibytes: int, attempt: int) -> int:
+        with (folder / "shard-0.safetensors").open("wb") as stream:
+            stream.truncate(mebibytes * 2**20)
+        job = project.snakemake("--dry-run", "--attempt", str(attempt), "artifacts/runs/a/seeds/0/model.safetensors")
+        found = re.search(r"^rule train:.*?, mem_mb=(\d+),", job, re.MULTILINE | re.DOTALL)
+        assert found is not None
+        return int(found[1])
+
+    assert [asked(0, 1), asked(3000, 1), asked(3000, 3)] == [8000, 10_000, 30_000]
+
+
 def test_records_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(create(tmp_path).folder)
-    Path(f".stages/.partial-{os.getpid()}-check_params.spec.json").mkdir(parents=True)  # in the way
-    with pytest.raises(GradiendError, match=r"^\.stages/check_params.spec.json: cannot be written \(.*\)\. Check free"):
+    Path(f".stages/.partial-{os.getpid()}-corpus_text@own.spec.json").mkdir(parents=True)  # in the way
+    with pytest.raises(GradiendError, match=r"^\.stages/corpus_text@own\.spec\.json: cannot be written \(.*\)\. Check"):
         list(prepare())
 
 

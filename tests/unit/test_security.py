@@ -39,7 +39,7 @@ from gradiend_core.tables import read_table
 from gradiend_core.tensors import load_tensors, read_metadata, save_tensors
 from pipeline import rewrite_model
 from pipeline.stage import Outputs
-from project import BIN, ROOT, create
+from project import BIN, ROOT, Project, create
 
 TEXTS = {"text": pa.string()}
 TEXT = validate(TextCorpus, {"path": "unused"}, "params.yaml")
@@ -302,20 +302,52 @@ def test_command_lines_hold_names_numbers_and_paths_only() -> None:
     assert used <= wildcards | {"threads", "log", "resources.gpu", "params.address"}
 
 
-def test_dvc_executes_nothing_of_a_bad_params_file(tmp_path: Path) -> None:
-    project = create(tmp_path / "project")
+@pytest.fixture(scope="module")
+def checked_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The real stages with the demo's parameters, which DVC has checked."""
+    project = create(tmp_path_factory.mktemp("checked") / "project")
     for name in ("pipeline", "gradiend_core"):
         shutil.copytree(ROOT / name, project.folder / name, dirs_exist_ok=True)
     shutil.copytree(ROOT / "data/english", project.folder / "data/english")
-    params = rename("pronoun_number", "a;touch executed;")(read_params(ROOT / "params.yaml"))
+    shutil.copy(ROOT / "params.yaml", project.folder)
+    project.repro("check_params")
+    return project
+
+
+@pytest.fixture
+def project(checked_once: Project, tmp_path: Path) -> Project:
+    return checked_once.copy(tmp_path / "project")
+
+
+def refused(project: Project, params: Any, *target: str) -> str:
+    """What `dvc repro` says of params that it refuses, having executed the check only, and removed nothing."""
+    mine = [project.folder / "artifacts/corpora/english", project.folder.with_name("mine")]
+    for folder in mine:
+        folder.mkdir(parents=True)
+        (folder / "texts.parquet").write_text("mine")
+    (project.folder / "params.yaml").write_text(yaml.safe_dump(params))
+    said = project.repro(*target, succeeds=False)
+    assert re.findall(r"Running stage '(\w+)", said) == ["check_params"]
+    assert not (project.folder / "executed").exists()
+    assert [(folder / "texts.parquet").read_text() for folder in mine] == ["mine", "mine"]
+    return said
+
+
+NAMES = ["a;touch executed;b", "a$(touch executed)", "a\ntouch executed\n", "../../../mine"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dvc_executes_and_removes_nothing_for_a_bad_name_also_with_a_target(project: Project, name: str) -> None:
+    params = rename("english", name)(read_params(ROOT / "params.yaml"))
+    assert f"{name!r} is not a name" in refused(project, params, f"corpus_grammar@{name}")
+
+
+@pytest.mark.parametrize("target", [[], ["corpus_text@own"], ["plot@pronoun_number"]])
+def test_dvc_executes_nothing_for_a_bad_path_also_with_a_target(project: Project, target: list[str]) -> None:
+    params = read_params(ROOT / "params.yaml")
     params["corpora"]["text"]["own"] = {"path": "own.txt;touch executed;"}
     (project.folder / "own.txt;touch executed;").write_text("A text.\n")
-    (project.folder / "params.yaml").write_text(yaml.safe_dump(params))
-    said = project.repro(succeeds=False)
-    assert "'a;touch executed;' is not a name" in said
-    assert "corpora.text.own.path: " in said
-    assert not (project.folder / "executed").exists()
-    assert not (project.folder / "artifacts").exists()
+    assert "corpora.text.own.path: a path may hold" in refused(project, params, *target)
 
 
 def test_links_at_the_place_of_outputs_are_replaced_not_followed(tmp_path: Path) -> None:
@@ -350,6 +382,7 @@ def test_a_model_whose_class_is_a_path_is_not_rewritten(
 
 def test_a_cache_of_others_writes_nothing_but_the_outputs_of_the_stage(tmp_path: Path) -> None:
     project = create(tmp_path / "project")
+    project.run("python", "-m", "pipeline", "check_params")
     stage = [str(BIN / "python"), "-m", "pipeline.cached", "corpus_grammar@english"]
     project.run(*stage)
     (entry,) = (project.folder / ".dvc/cache/runs").glob("*/*/*")
