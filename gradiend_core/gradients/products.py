@@ -21,7 +21,7 @@ _FEW_POSITIONS = 2
 _FACTORS_BELOW = 0.3
 _FACTORS_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
-# With a smaller share of nonzero entries on the left side, only the rows that they belong to are touched.
+# At few positions, where a smaller share of the matrix' rows has a factor that is not zero, only these are touched.
 _SPARSE = 1 / 8
 
 # Entries of whole products held at a time, whatever the batch: on a CPU this many fit the cache.
@@ -65,9 +65,9 @@ class OuterProduct:
 
     Rows and columns without kept entries are left out first. The way is then chosen by shape and share of kept
     entries, so that it is the same in every run: a whole matrix is accumulated in place; few entries are multiplied
-    from gathered factors at few positions, or of a large matrix *sampled* (`torch.sparse.sampled_addmm`); otherwise
-    whole products are formed, a cache-full at a time, and gathered. A `left` that is zero but for a few entries, as
-    the gradient of a difference of two logits is, touches a few rows of the matrix only.
+    from gathered factors at few positions, or *sampled* (`torch.sparse.sampled_addmm`); otherwise whole products are
+    formed, a cache-full at a time, and gathered. A `left` that is zero but for a few of its features, as the gradient
+    of a difference of two logits is, touches these rows of the matrix only.
     """
 
     def __init__(self, shape: tuple[int, ...], kept: Tensor | None, scratch: Scratch) -> None:
@@ -91,9 +91,12 @@ class OuterProduct:
         """Write to `out` [N, kept], or add to it unless `first`; `left` [N, T, rows], `right` [N, T, columns]."""
         left, right = (pick(side.to(out.dtype), used) for side, used in zip((left, right), self._used, strict=True))
         share, few = self._count / self._size, left.shape[1] <= _FEW_POSITIONS
-        if few and self._count > self._rows and torch.count_nonzero(left) < _SPARSE * left.numel():
-            self._put_lines(out, left, right, first)
-        elif self._kept is None:
+        if few and self._count > self._rows:
+            touched = left.flatten(0, 1).abs().amax(0).nonzero()[:, 0]
+            if len(touched) < _SPARSE * self._rows:
+                self._put_lines(out, left, right, touched, first)
+                return
+        if self._kept is None:
             for chunk in _chunks(len(out), self._size, _CHUNK[out.device.type]):
                 matrices = out[chunk].view(-1, self._rows, self._columns)
                 matrices.baddbmm_(left[chunk].transpose(1, 2), right[chunk], beta=0 if first else 1)
@@ -104,10 +107,11 @@ class OuterProduct:
         else:
             self._put_gathered(out, left, right, first)
 
-    def _put_lines(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-        example, position, row = left.nonzero(as_tuple=True)
-        lines = left[example, position, row][:, None] * right[example, position]
-        self._lines.add(out.zero_() if first else out, example, row, lines)
+    def _put_lines(self, out: Tensor, left: Tensor, right: Tensor, touched: Tensor, first: bool) -> None:
+        left = pick(left, touched)
+        example, position, place = left.nonzero(as_tuple=True)
+        lines = left[example, position, place][:, None] * right[example, position]
+        self._lines.add(out.zero_() if first else out, example, touched[place], lines)
 
     def _put_gathered(self, out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         most = _CHUNK[out.device.type]
@@ -141,7 +145,7 @@ class OuterProduct:
                 for span, factors in self._gathered_factors(by_row, by_column):
                     torch.mul(*factors, out=out[:, span])
             else:
-                some = by_row.any(1).nonzero()[:, 0]  # examples with fewer positions have zeros there
+                some = by_row.abs().amax(1).nonzero()[:, 0]  # examples with fewer positions have zeros there
                 examples = some.tolist()
                 for span, factors in self._gathered_factors(by_row[some], by_column[some]):
                     for example, *pair in zip(examples, *factors, strict=True):
