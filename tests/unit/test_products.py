@@ -96,6 +96,7 @@ def test_examples_with_fewer_positions_have_zeros_there(first: bool, monkeypatch
     monkeypatch.setitem(products._FACTORS_CHUNK, "cpu", 2000)
     left, right = normal(7, 2, LARGE[0], seed=1), normal(7, 2, LARGE[1], seed=2)
     left[[0, 3, 6], 1] = 0.0
+    left[5, 1], left[5, 1, 8] = 0.0, -1.0
     kept = kept_entries(LARGE, 0.1)
     out = torch.full((7, len(kept)), torch.nan if first else 1.0)
     OuterProduct(LARGE, kept, Scratch()).put(out, left, right, first=first)
@@ -129,7 +130,7 @@ def test_a_left_side_of_few_entries_touches_their_rows_only(
 ) -> None:
     taken = watch(monkeypatch, WAYS)
     left, right = torch.zeros(7, 2, LARGE[0]), normal(7, 2, LARGE[1], seed=2)
-    left[:, 0, 5], left[:, 0, 8], left[3, 1, 5] = -1.0, 1.0, 2.0  # two rows, one of them at both positions
+    left[:, 0, 5], left[:, 0, 8], left[3, 1, 5] = -1.0, 1.0, -2.0  # two rows, one of them at both positions
     kept = None if share is None else kept_entries(LARGE, share)
     out = torch.full((7, LARGE[0] * LARGE[1] if kept is None else len(kept)), torch.nan)
     product = OuterProduct(LARGE, kept, Scratch())
