@@ -1,5 +1,6 @@
 """The one exception type that means "the user can fix this"."""
 
+import re
 import signal
 
 
@@ -31,9 +32,11 @@ _NO_MEMORY = (
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: Python's own, or that of a library, by its text."""
     text = str(error).lower()
-    # The loader of libraries gives a reason after that text when it is another one (a disk without programs).
+    # The loader of libraries gives a reason after that text when it is another one (a disk without programs). Python's
+    # compiler, when a module is imported, blames the syntax tree of which it could not allocate a part.
     return (
         isinstance(error, MemoryError)
         or any(said in text for said in _NO_MEMORY)
         or text.endswith("failed to map segment from shared object")
+        or re.fullmatch(r"field '\w+' is required for \w+", text) is not None
     )

@@ -42,6 +42,7 @@ def test_real_failures_are_recognised() -> None:
         OSError(12, "Cannot allocate memory"),
         RuntimeError("could not create a primitive"),
         ImportError("/lib/a.so: failed to map segment from shared object"),
+        ValueError("field 'target' is required for AnnAssign"),
     ],
 )
 def test_errors_of_libraries_are_recognised(error: Exception) -> None:
@@ -54,6 +55,7 @@ def test_errors_of_libraries_are_recognised(error: Exception) -> None:
         RuntimeError("shapes differ"),
         OSError(28, "No space left on device"),
         KeyError("x"),
+        ValueError("field 'target' is required for AnnAssign in params.yaml"),
         ImportError("/lib/a.so: failed to map segment from shared object: Operation not permitted"),
     ],
 )
