@@ -47,7 +47,7 @@ def _wait_for_dvc(say: Callable[[str], None]) -> None:
         try:
             # DVC lets go of the first lock while a stage's program runs, and then holds the second one for its files.
             with lock_repo(repo):
-                _keep_dvc_out(repo)
+                _keep_dvc_out(repo, say)
             return
         except LockError as error:
             if not told:
@@ -56,7 +56,7 @@ def _wait_for_dvc(say: Callable[[str], None]) -> None:
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
-def _keep_dvc_out(repo: Repo) -> None:
+def _keep_dvc_out(repo: Repo, say: Callable[[str], None]) -> None:
     command, artifacts = " ".join(sys.argv), str(Path("artifacts").absolute())
     hardlink = repo.config["core"].get("hardlink_lock", False)
     with ExitStack() as held:
@@ -65,5 +65,6 @@ def _keep_dvc_out(repo: Repo) -> None:
         except RWLockFileCorruptedError:
             # It is written in place: somebody was killed meanwhile, and no DVC could read it any more.
             Path(repo.tmp_dir, RWLOCK_FILE).unlink()
+            say("DVC's file of locks was cut off by a kill: removed.")
             held.enter_context(rwlock(repo.tmp_dir, repo.fs, command, [], [artifacts], hardlink))
         atexit.register(held.pop_all().close)

@@ -179,9 +179,10 @@ class _Run:
 
     def _start(self) -> Session:
         # What DVC itself cannot get past: it makes a folder for a record, then the record, and fails on an empty one;
-        # and it writes dvc.lock in place.
+        # and it writes dvc.lock and its file of locks in place.
         empty = not all(any(folder.iterdir()) for folder in self._runs().glob("??/*"))
-        cut_off = not _readable(self._project.folder / "dvc.lock")
+        locks = self._project.folder / ".dvc/tmp/rwlock"
+        cut_off = not _readable(self._project.folder / "dvc.lock") or (locks.exists() and not _is_json(locks))
         if self._trial.engine == "dvc" and (empty or cut_off):
             # It also names what the killed one had put in place but not recorded, which the next one does.
             assert self._session(["python", "-m", "pipeline.verify"]).wait() in (0, 1)
@@ -342,6 +343,14 @@ def _readable(lock: Path) -> bool:
     try:
         COMPILED_LOCKFILE_SCHEMA(yaml.safe_load(lock.read_text()))
     except (yaml.YAMLError, Invalid):
+        return False
+    return True
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""A kill while `dvc repro` writes dvc.lock leaves a part of it, which DVC may refuse to read for ever after."""
+"""A kill while `dvc repro` writes dvc.lock, or its file of locks, leaves a part that DVC may refuse for ever after."""
 
 from pathlib import Path
 
@@ -35,6 +35,17 @@ def test_verify_sets_it_aside_and_nothing_is_computed_again(project: Project) ->
     assert "skipping run" in project.repro(STAGE)
     assert project.executed() == []
     assert "Nothing is damaged" in verified(project, succeeds=True)
+
+
+@pytest.mark.parametrize("part", ["", '{"write": {"/pro'])
+def test_verify_removes_a_file_of_locks_that_was_cut_off(project: Project, part: str) -> None:
+    (project.folder / ".dvc/tmp/rwlock").write_text(part)
+    assert "Unable to read RWLock-file" in project.repro(STAGE, succeeds=False)
+    said = verified(project, succeeds=True)
+    assert "DVC's file of locks was cut off by a kill: removed." in said
+    assert "Nothing is damaged" in said
+    project.repro(STAGE)
+    assert project.executed() == []
 
 
 def test_only_what_dvc_cannot_read_is_set_aside(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
