@@ -92,10 +92,10 @@ TRAIN = Train.model_validate({})
 
 # Measured: bench/results/collector.md (rows at 1 % ÷ one forward and two backward passes of activations, which are
 # three forwards' FLOPs; seconds of such a row), step.md (n = 10⁶), store.md (batch means of alternative, 1 thread).
-ROW_FORWARDS = 1.25 * 3
-BERT_ROW_SECONDS = 0.148
-STEP_SECONDS_PER_ENTRY = 8.2e-3 / 1e6
-MEANS_BYTES_PER_SECOND = 4.62e9
+ROW_FORWARDS = 1.11 * 3
+BERT_ROW_SECONDS = 0.190
+STEP_SECONDS_PER_ENTRY = 2.9e-3 / 1e6
+MEANS_BYTES_PER_SECOND = 9.95e9
 
 # Assumed: no GPU was there to measure. Published dense bf16 peaks and memory bandwidths; the shares are guesses.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}

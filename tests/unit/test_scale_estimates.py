@@ -120,7 +120,7 @@ def test_a_small_study_by_hand() -> None:
     assert train_bytes(7, study) == 2 * 10 * 7 * 4 + 4 * 4 * 22
     work = forwards(study)
     assert work["pre_prune"] == 15
-    assert work["cache_gradients"] == 37.5
+    assert work["cache_gradients"] == 10 * 3.33
     assert work["evaluate_decoder"] % 6 == 0
 
 
