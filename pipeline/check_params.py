@@ -33,8 +33,8 @@ def check_for_engines(path: Path = PARAMS_FILE) -> Params:
         raise GradiendError(f"{path}: not valid YAML for DVC: {' '.join(str(error).split())}") from None
     if difference:
         raise GradiendError(
-            f"{path}: {difference} for DVC. Write numbers without leading zeros, and put words that may stand for"
-            " something else, such as yes, no, on, off, in quotes."
+            f"{path}: {difference} for DVC. Write numbers without leading zeros, true or false for yes, no, on and off,"
+            " and put quotes around what is text."
         )
     return params
 
