@@ -26,9 +26,10 @@ def check(path: Path = PARAMS_FILE) -> Params:
 
 def check_for_engines(path: Path = PARAMS_FILE) -> Params:
     """Like `check`; also raises `GradiendError` where DVC, which makes command lines of it, reads another value."""
-    params = check(path)
+    read = read_params(path)
+    params = validate_params(read, where=str(path))
     try:
-        difference = _difference(read_params(path), YAML(typ="safe").load(path.read_text("utf-8")))
+        difference = _difference(read, YAML(typ="safe").load(path.read_text("utf-8")))
     except YAMLError as error:
         raise GradiendError(f"{path}: not valid YAML for DVC: {' '.join(str(error).split())}") from None
     if difference:
