@@ -91,11 +91,12 @@ STUDY = Study()
 TRAIN = Train.model_validate({})
 
 # Measured: bench/results/collector.md (rows at 1 % ÷ one forward and two backward passes of activations, which are
-# three forwards' FLOPs; seconds of such a row), step.md (n = 10⁶), store.md (batch means of alternative, 1 thread).
+# three forwards' FLOPs; seconds of such a row), step.md (n = 10⁶), store.md (batch means of alternative, 1 thread,
+# on an older CPU than the others).
 ROW_FORWARDS = 1.11 * 3
 BERT_ROW_SECONDS = 0.190
 STEP_SECONDS_PER_ENTRY = 2.9e-3 / 1e6
-MEANS_BYTES_PER_SECOND = 9.95e9
+MEANS_BYTES_PER_SECOND = 6.44e9
 
 # Assumed: no GPU was there to measure. Published dense bf16 peaks and memory bandwidths; the shares are guesses.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12}
