@@ -30,7 +30,10 @@ def test_a_store_is_written_and_read(tmp_path: Path) -> None:
     lines = store.written(tmp_path, rows=20, n=1000, rounds=1)
     assert [line.limit for line in lines] == [0.8, None, None]
     store.write_whole(tmp_path, rows=20, n=1000)
-    assert {len(seconds) for seconds in store.read(str(tmp_path), threads=1, rounds=2).values()} == {2}
+    seconds = store.read(str(tmp_path), threads=1, rounds=2)
+    assert {len(times) for times in seconds.values()} == {2}
+    lines = store._judged(1, seconds, 20 * 1000 * 4)
+    assert [line.limit for line in lines] == [0.3, 0.3] + [None] * 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
